@@ -1,0 +1,129 @@
+"""The command lines: flags with ranges, and errors of one line."""
+
+import argparse
+import math
+import re
+import sys
+from functools import partial
+
+import torch
+
+from mnist import DataError
+from recipes import RECIPES
+from rundir import RunError
+from scores import TrainingError
+
+say = partial(print, flush=True)
+
+
+def warn(text):
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class UsageError(Exception):
+    """The flags can't be used; the message says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are one line, raised as UsageError."""
+
+    def __init__(self, **options):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UsageError(message if "; " in message else f"{message}; see {self.prog} --help")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            noun = "whole number" if kind is int else "number"
+            advice = f"give a {noun} from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; {advice}")
+        return value
+
+    return parse
+
+
+def matching(pattern, advice):
+    """An argparse type: a text that matches `pattern` as a whole."""
+
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {advice}")
+        return text
+
+    return parse
+
+
+folder = matching(r"[^\0]+", "a folder")
+
+
+def train_parser(manual):
+    """The parser of train.py. Flags of the recipe have no default here: it is the recipe's."""
+    rows = [f"  {name:<12} {recipe.about}" for name, recipe in RECIPES.items()]
+    parser = Parser(prog="train.py", description=manual, epilog="\n".join(["recipes:", *rows]))
+    count = number(int, 1, 100_000)
+    device = matching(r"auto|cpu|cuda(:\d{1,2})?|mps", "auto, cpu, cuda, cuda:N or mps")
+    name = matching(r"[^\0/\\.][^\0/\\]{0,99}", "the name of a folder, without slashes")
+
+    group = parser.add_argument_group("recipe", "a flag given wins over the recipe")
+    flag = group.add_argument
+    flag("--recipe", choices=RECIPES, default="default", help="see below (default: default)")
+    flag("--epochs", type=count, help="passes over the training set, 1 to 100000")
+    flag("-b", "--batch-size", type=count, help="images a step, 1 to 100000")
+    flag("--lr", type=number(float, 1e-9, 100), help="the schedule's peak, 1e-9 to 100")
+    flag("--weight-decay", type=number(float, 0, 10), help="0 to 10")
+    flag("--addends", choices=["each-epoch", "once"], help="when the random numbers are drawn")
+    flag("--val-size", type=number(int, 0, 59_999), help="images held out, 0 to 59999")
+    group = parser.add_argument_group("run")
+    flag = group.add_argument
+    seed = number(int, 0, 2**32 - 1)
+    flag("--seed", type=seed, default=0, help="0 to 4294967295 (default: 0)")
+    text = "auto: MNIST, or synthetic digits where it can't be had (default: auto)"
+    flag("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help=text)
+    text = "holds or gets MNIST/raw, as torchvision has it (default: data)"
+    flag("--data-dir", type=folder, default="data", metavar="DIR", help=text)
+    text = "auto, cpu, cuda, cuda:N or mps; the CPU if missing (default: auto)"
+    flag("--device", type=device, default="auto", help=text)
+    text = "auto: bf16 where the processor has it (default: auto)"
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
+    group = parser.add_argument_group("output")
+    place = group.add_mutually_exclusive_group()
+    text = "the run's folder (default: a new one below runs)"
+    place.add_argument("--output-dir", type=folder, metavar="DIR", help=text)
+    text = "the run's name below runs (default: the recipe's)"
+    place.add_argument("--name", type=name, help=text)
+    text = "the whole way in seconds: a few batches of everything"
+    group.add_argument("--dry-run", action="store_true", help=text)
+    group.add_argument("-q", "--quiet", action="store_true", help="print the result alone")
+    return parser
+
+
+def exit_status(command):
+    """Run a command, and turn what it raises into one line on stderr and an exit status.
+
+    0 to 1 and 128 + signal come from the command itself; 2 is wrong usage, 1 any other failure.
+    """
+    try:
+        return command()
+    except UsageError as error:
+        warn(f"error: {error}")
+        return 2
+    except (DataError, RunError, TrainingError) as error:
+        warn(f"error: {error}")
+        return 1
+    except torch.OutOfMemoryError as error:
+        warn(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size")
+        return 1
+    except KeyboardInterrupt:
+        warn("error: interrupted before the first epoch; nothing was kept")
+        return 130

@@ -1,0 +1,112 @@
+"""A small data folder in MNIST's format, made of the stand-in's digits, and ways to run the job."""
+
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mnist  # noqa: E402
+import train  # noqa: E402
+
+TRAIN_IMAGES, TEST_IMAGES = 600, 200
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # bits are equal only at equal thread counts
+
+
+def idx(tensor):
+    """A uint8 tensor as the bytes of an IDX file."""
+    sizes = struct.pack(f">{tensor.ndim}I", *tensor.shape)
+    return bytes([0, 0, 8, tensor.ndim]) + sizes + tensor.byte().numpy().tobytes()
+
+
+@pytest.fixture(scope="session")
+def idx_files():
+    """The four files of a small MNIST: name -> bytes."""
+    files = {}
+    for part, name, count in (("train", "train", TRAIN_IMAGES), ("test", "t10k", TEST_IMAGES)):
+        digits = mnist.stand_in(part, count)
+        files[f"{name}-images-idx3-ubyte"] = idx(digits.data)
+        files[f"{name}-labels-idx1-ubyte"] = idx(digits.targets)
+    return files
+
+
+@pytest.fixture(scope="session")
+def digests(idx_files):
+    return {name: hashlib.sha256(content).hexdigest() for name, content in idx_files.items()}
+
+
+@pytest.fixture(autouse=True)
+def small_mnist(monkeypatch, digests):
+    """The small files take the place of MNIST's, and no mirror is ever asked."""
+    monkeypatch.setattr(mnist, "SHA256", digests)
+    monkeypatch.setattr(mnist.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+@pytest.fixture
+def data_dir(tmp_path, idx_files):
+    """A data folder with the small MNIST."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in idx_files.items():
+        (raw / name).write_bytes(content)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, data_dir):
+    """An empty current folder with the small MNIST in its `data`."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def job(drawing_job, monkeypatch):
+    """The real job in this process, without its pictures, which would take most of the time."""
+    monkeypatch.setattr(train.Run, "draw", lambda self: [])
+    return drawing_job
+
+
+@pytest.fixture
+def drawing_job(workplace, capsys):
+    """The real job in this process: job(flag, ...) -> (exit status, stdout, stderr)."""
+
+    def run(*flags):
+        status = train.main([str(flag) for flag in flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def process(workplace, digests):
+    """The real job as a process of its own, started: process(flag, ...) -> Popen."""
+    code = (
+        "import sys, torch, mnist, train\n"
+        f"mnist.SHA256 = {digests!r}\n"
+        "mnist.MNIST.mirrors = ['http://127.0.0.1:9/']\n"
+        "torch.set_num_threads(1)\n"
+        "sys.exit(train.main())\n"
+    )
+    started = []
+
+    def start(*flags):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", code, *map(str, flags)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen(command, cwd=workplace, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()

@@ -1,0 +1,153 @@
+"""The Dataset: its items, and that all its randomness hangs on (seed, split, epoch, index)."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torchvision.datasets import MNIST
+from torchvision.transforms.functional import InterpolationMode, affine
+
+import mnist
+from dataset import Affine, MNISTSum, affine_matrices, generator, split_off, warp
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return mnist.stand_in("train", 500)
+
+
+def test_an_item_is_image_digit_addend_and_sum(data_dir):
+    source = mnist.VerifiedMNIST(data_dir, train=True)
+    assert isinstance(source, MNIST)
+    items = MNISTSum(source, "train", mean=0.1, std=0.5)
+    image, digit, addend, total = items[7]
+    assert (image.shape, image.dtype) == ((1, 28, 28), torch.float32)
+    assert (addend.shape, addend.dtype, addend.sum()) == ((10,), torch.float32, 1)
+    assert digit.dtype == total.dtype == torch.int64
+    assert digit == source[7][1]
+    assert total == digit + addend.argmax()
+    torch.testing.assert_close(image[0], (source.data[7] / 255 - 0.1) / 0.5)
+
+
+def test_addends_are_uniform_from_0_to_9(digits):
+    counts = torch.zeros(10)
+    dataset = MNISTSum(digits, "train")
+    for epoch in range(1, 101):
+        dataset.set_epoch(epoch)
+        counts += dataset.addends.bincount(minlength=10)
+    expected = counts.sum() / 10
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 27.9  # exceeded by chance once in a thousand, with 9 degrees of freedom
+
+
+def test_randomness_hangs_on_seed_split_epoch_and_index_alone(digits):
+    options = {"affine": Affine(10, 0.1, 0.1, 10)}
+    whole, again = (MNISTSum(digits, "train", **options) for _ in range(2))
+    part = MNISTSum(digits, "train", torch.arange(100, 200), **options)
+    indices = torch.arange(20)
+    for epoch in (3, 1, 2):
+        for dataset in (whole, part):
+            dataset.set_epoch(epoch)
+        again.set_epoch(9)  # where a dataset has been before leaves no trace
+        again.set_epoch(epoch)
+        assert torch.equal(whole.order(), again.order())
+        for ours, theirs in zip(whole[0], again[0], strict=True):
+            assert torch.equal(ours, theirs)
+        batch, shifted = whole.__getitems__(indices + 100), part.__getitems__(indices)
+        for ours, theirs in zip(batch, shifted, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"split": "test"}, {"epoch": 2}])
+def test_another_seed_split_or_epoch_draws_anew(digits, change):
+    drawn = []
+    for key in ({}, change):
+        key = {"seed": 0, "split": "train", "epoch": 1} | key
+        dataset = MNISTSum(digits, key["split"], seed=key["seed"], affine=Affine(9, 0.1, 0.1, 9))
+        dataset.set_epoch(key["epoch"])
+        drawn.append((dataset.order(), dataset.addends, dataset.matrices))
+    assert all((ours != theirs).float().mean() > 0.5 for ours, theirs in zip(*drawn, strict=True))
+
+
+def test_addends_drawn_once_stay(digits):
+    dataset = MNISTSum(digits, "train", addends="once")
+    before, order = dataset.addends, dataset.order()
+    dataset.set_epoch(2)
+    assert torch.equal(before, dataset.addends)
+    assert not torch.equal(order, dataset.order())
+
+
+def test_the_order_is_a_permutation(digits):
+    dataset = MNISTSum(digits, "train", torch.arange(100))
+    assert torch.equal(dataset.order().sort().values, torch.arange(100))
+
+
+@pytest.mark.parametrize("drop_last, sizes", [(False, [192, 192, 116]), (True, [192, 192])])
+def test_batches_cover_the_epoch_once(digits, drop_last, sizes):
+    dataset = MNISTSum(digits, "train")
+    batches = list(dataset.batches(192, drop_last))
+    assert [len(batch[0]) for batch in batches] == sizes
+    seen = torch.cat([batch[1] for batch in batches])
+    assert torch.equal(seen, dataset.digits[dataset.order()][: sum(sizes)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_dataloader_gives_the_same_batches(digits, workers):
+    dataset = MNISTSum(digits, "train", affine=Affine(10, 0.1, 0.1, 10))
+    loader = DataLoader(dataset, 128, sampler=dataset.order().tolist(), num_workers=workers)
+    for ours, theirs in zip(dataset.batches(128), loader, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_validation_split_divides_the_data_by_the_seed():
+    train, val = split_off(1000, 300, seed=5)
+    assert len(train) == 700 and len(val) == 300
+    assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1000))
+    assert torch.equal(val, split_off(1000, 300, seed=5)[1])
+    assert not torch.equal(val, split_off(1000, 300, seed=6)[1])
+
+
+def test_no_draw_moves_the_global_generator(digits):
+    before = torch.get_rng_state()
+    dataset = MNISTSum(digits, "train", affine=Affine(10, 0.1, 0.1, 10))
+    list(dataset.batches(100))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_matrix_without_change_changes_nothing(digits):
+    images = digits.data[:50].unsqueeze(1).float()
+    matrices = affine_matrices(50, Affine(0, 0, 0, 0), generator("still"))
+    torch.testing.assert_close(warp(images, matrices), images, atol=0.01, rtol=0)
+
+
+def test_rotation_is_that_of_torchvision(digits):
+    images = digits.data[:50].unsqueeze(1).float()
+    for degrees in (10, -25):
+        angle = math.radians(degrees)
+        cos, sin = math.cos(angle), math.sin(angle)
+        matrix = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(50, 2, 3)
+        theirs = affine(images, -degrees, [0, 0], 1.0, [0.0], InterpolationMode.BILINEAR)
+        torch.testing.assert_close(warp(images, matrix), theirs, atol=0.5, rtol=0)
+
+
+def test_random_affine_keeps_within_its_limits():
+    matrices = affine_matrices(10_000, Affine(10, 0.1, 0.2, 0), generator("limits"))
+    shifts = matrices[:, :, 2] / 2  # in sides
+    assert 0.099 < shifts.abs().max() <= 0.1
+    zooms = matrices[:, :, :2].norm(dim=1)
+    assert 0.8 <= zooms.min() < 0.802 and 1.198 < zooms.max() <= 1.2
+    angles = torch.rad2deg(torch.atan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+    assert 9.9 < angles.abs().max() <= 10.001
+    assert shifts.mean().abs() < 0.002 and angles.mean().abs() < 0.3
+
+
+def test_one_hot_is_of_the_addend():
+    zeros = torch.zeros(40, 28, 28, dtype=torch.uint8)
+    dataset = MNISTSum(SimpleNamespace(data=zeros, targets=torch.arange(40) % 10), "train")
+    _, digit, one_hot, total = dataset.__getitems__(torch.arange(40))
+    assert torch.equal(one_hot, F.one_hot(dataset.addends, 10).float())
+    assert torch.equal(total - digit, dataset.addends)

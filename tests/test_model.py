@@ -1,0 +1,127 @@
+"""The networks: their shapes, counts and what flows through them; and the table of recipes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from recipes import RECIPES, constant, one_cycle
+
+PAIRS = [(encoder, join) for encoder in model.ENCODERS for join in model.JOINS]
+
+
+def batch(count=16):
+    draw = torch.Generator().manual_seed(1)
+    image = torch.randn(count, 1, 28, 28, generator=draw)
+    addend = F.one_hot(torch.randint(10, (count,), generator=draw), 10).float()
+    return image, addend
+
+
+def build(encoder, join):
+    torch.manual_seed(0)
+    return model.build(encoder, join)
+
+
+@pytest.mark.parametrize("encoder, join", PAIRS)
+def test_any_encoder_goes_with_any_join(encoder, join):
+    network = build(encoder, join)
+    image, addend = batch()
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            digit, total = network(image, addend)
+        assert digit.shape == (16, 10) and total.shape == (16, 19)
+        assert digit.dtype == total.dtype == torch.float32
+        torch.testing.assert_close(digit.exp().sum(dim=1), torch.ones(16))
+        torch.testing.assert_close(total.exp().sum(dim=1), torch.ones(16))
+
+
+@pytest.mark.parametrize("encoder, join", PAIRS)
+def test_an_image_is_predicted_alone_as_in_company_and_encoded_once(encoder, join):
+    network = build(encoder, join).eval()
+    image, addend = batch()
+    together = network(image, addend)
+    features = network.encode(image)
+    for ours, theirs in zip(network.join(features, addend), together, strict=True):
+        assert torch.equal(ours, theirs)
+    alone = network(image[3:4], addend[3:4])
+    for ours, theirs in zip(alone, together, strict=True):
+        torch.testing.assert_close(ours, theirs[3:4], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("encoder, join", PAIRS)
+def test_the_sum_alone_reaches_the_first_convolution(encoder, join):
+    network = build(encoder, join)
+    image, addend = batch()
+    _, total = network(image, addend)
+    F.nll_loss(total, torch.arange(16)).backward()
+    first = next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
+    assert first.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("encoder, join", PAIRS)
+def test_the_sum_depends_on_the_addend(encoder, join):
+    network = build(encoder, join).eval()
+    image, _ = batch(1)
+    _, total = network(image.expand(10, -1, -1, -1), torch.eye(10))
+    assert (total[1:] - total[:1]).abs().amax(dim=1).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_untrained_losses_are_those_of_chance(name):
+    network = build(RECIPES[name].encoder, RECIPES[name].join)
+    image, addend = batch(200)
+    digit, total = network(image, addend)
+    assert F.nll_loss(digit, torch.arange(200) % 10).item() == pytest.approx(math.log(10), rel=0.25)
+    assert F.nll_loss(total, torch.arange(200) % 19).item() == pytest.approx(math.log(19), rel=0.25)
+
+
+def test_the_published_system_has_its_published_size():
+    # 3x3 convolutions, inputs x outputs x 9 + outputs:
+    #   1-32 320, 32-64 18,496, 64-128 73,856, 128-256 295,168, 256-512 1,180,160,
+    #   512-1024 4,719,616, 1024-10 92,170; FC 20-128 2,688 and 128-19 2,451
+    recipe = RECIPES["concat-mlp"]
+    assert model.count_parameters(build(recipe.encoder, recipe.join)) == 6_384_925
+
+
+@pytest.mark.parametrize("name", ["default", "fast"])
+def test_our_networks_are_compact(name):
+    network = build(RECIPES[name].encoder, RECIPES[name].join)
+    assert model.count_parameters(network) <= 400_000
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_table_of_layers_accounts_for_every_parameter(name):
+    network = build(RECIPES[name].encoder, RECIPES[name].join)
+    *layers, total = model.summary(network).splitlines()
+    counts = [int(line.split()[-1].replace(",", "")) for line in layers]
+    assert sum(counts) == sum(p.numel() for p in network.parameters())
+    assert f"{sum(counts):,} parameters" in total
+
+
+def test_one_cycle_rises_to_one_and_falls_to_nothing():
+    rates = [one_cycle(step, 100) for step in range(100)]
+    peak = rates.index(max(rates))
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[0] < 0.1 and max(rates) == pytest.approx(1, abs=0.01)
+    assert 0 < rates[-1] < 0.001 and 15 <= peak <= 25
+
+
+def test_one_cycle_of_few_steps_never_stands_still():
+    for total in (1, 2, 3):
+        assert all(0 < one_cycle(step, total) <= 1 for step in range(total))
+
+
+def test_constant_is_constant():
+    assert {constant(step, 10) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_in_plain_types_tells_all(name):
+    plain = RECIPES[name].as_plain()
+    assert plain["schedule"] == RECIPES[name].schedule.__name__
+    assert plain["lr"] == RECIPES[name].lr and plain["encoder"] in model.ENCODERS
+    # the names that users type are free of what a shell would take for something else
+    assert name.replace("-", "").isalnum()

@@ -1,0 +1,323 @@
+"""The whole job, as its users run it: what it prints, what it leaves, how it fails."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TRAIN_IMAGES
+from PIL import Image
+
+import mnist
+import train
+from recipes import RECIPES
+
+FAST = ["--recipe", "fast", "--batch-size", 100]
+PICTURES = ["loss", "accuracy", "confusion_matrix", "predictions", "mistakes"]
+COLUMNS = (
+    "epoch,lr,train_digit_loss,train_sum_loss,train_digit_accuracy,train_sum_accuracy,"
+    "test_digit_loss,test_sum_loss,test_digit_accuracy,test_sum_accuracy,test_both_accuracy,"
+    "train_seconds,test_seconds"
+).split(",")
+
+
+def rows(folder):
+    with open(Path(folder, "metrics.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(folder):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows(folder)]
+
+
+def result(folder):
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+def one_line(text):
+    """Whether a text is a single error line that says what is wrong and what to do."""
+    return re.fullmatch(r"error: [^\n]+; [^\n]+\n", text) is not None
+
+
+def test_a_run_leaves_everything_that_is_promised(drawing_job):
+    status, out, err = drawing_job(*FAST, "--epochs", 3)
+    assert status == 0
+    folder = Path("runs/fast")
+    names = {"args.json", "metrics.csv", "results.json", "last.pt", *(f"{p}.png" for p in PICTURES)}
+    assert {path.name for path in folder.iterdir()} == names
+
+    history = rows(folder)
+    assert list(history[0]) == COLUMNS
+    assert [row["epoch"] for row in history] == ["1", "2", "3"]
+    for row in history:
+        assert all(math.isfinite(float(value)) for value in row.values())
+        assert all(0 <= float(row[name]) <= 1 for name in COLUMNS if "accuracy" in name)
+    assert float(history[-1]["train_digit_loss"]) < float(history[0]["train_digit_loss"])
+
+    results = result(folder)
+    assert results["recipe"] == "fast" and results["dataset"] == "mnist" and results["epochs"] == 3
+    assert results["seed"] == 0 and results["device"] == "cpu" and results["note"] == ""
+    assert results["parameters"] > 0 and results["versions"]["torch"] == torch.__version__
+    for name in ("digit_loss", "sum_loss", "digit_accuracy", "sum_accuracy", "both_accuracy"):
+        assert results["test"][name] == float(history[-1][f"test_{name}"])
+    assert 0 <= results["test"]["consistency"] <= 1
+    assert 0 < results["train_seconds"] < results["total_seconds"]
+    assert "/" not in json.dumps(results)  # no paths
+
+    saved = json.loads((folder / "args.json").read_text())
+    assert "--epochs 3" in saved["command"] and saved["flags"]["seed"] == 0
+    assert saved["threads"] == torch.get_num_threads() and saved["recipe"]["epochs"] == 3
+
+    lines = out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    shown = f"{100 * results['test']['digit_accuracy']:.2f} %"
+    assert any(line.startswith("result") and shown in line for line in lines)
+    for name in PICTURES:
+        assert f"picture  runs/fast/{name}.png" in lines
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.width == 1500 and picture.convert("L").getextrema()[0] < 100
+    assert lines[-1] == "run      runs/fast" == [x for x in lines if x.startswith("run ")][0]
+    assert err == ""
+
+
+def test_a_checkpoint_holds_plain_types_and_tensors(job):
+    job(*FAST, "--epochs", 2)
+    state = torch.load("runs/fast/last.pt", weights_only=True)
+    assert [row["epoch"] for row in state["history"]] == [1, 2]
+    assert len(state["curve"]) == 2 * TRAIN_IMAGES / 100
+    network = train.model.build(state["recipe"]["encoder"], state["recipe"]["join"])
+    network.load_state_dict(state["network"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_and_repeats_to_the_bit(job, name):
+    flags = ["--recipe", name, "--dry-run", "--batch-size", 20, "--quiet"]
+    for folder in ("one", "two"):
+        status, _, err = job(*flags, "--output-dir", folder)
+        assert (status, err) == (0, "")
+    assert without_seconds("one") == without_seconds("two")
+    one, two = (torch.load(f"{x}/last.pt", weights_only=True) for x in ("one", "two"))
+    assert all(torch.equal(v, two["network"][k]) for k, v in one["network"].items())
+
+
+def test_another_seed_is_another_run(job):
+    for seed in (0, 1):
+        job(*FAST, "--seed", seed, "--output-dir", f"seed{seed}")
+    assert without_seconds("seed0") != without_seconds("seed1")
+
+
+def test_32_images_are_learned_by_heart(job, monkeypatch):
+    few = torch.arange(32)
+    monkeypatch.setattr(train, "split_off", lambda count, val_size, seed: (few, few[:0]))
+    flags = "--recipe fast --epochs 30 --batch-size 32 --addends once --quiet --precision fp32"
+    assert job(*flags.split())[0] == 0
+    last = rows("runs/fast")[-1]
+    assert last["train_digit_accuracy"] == last["train_sum_accuracy"] == "1.0"
+
+
+def test_a_validation_split_is_reported_and_chooses_best(job):
+    status, out, _ = job(*FAST, "--epochs", 4, "--val-size", 150, "--lr", 0.02)
+    assert status == 0 and "450 train, 150 val, 200 test" in out
+    history = rows("runs/fast")
+    validated = [float(row["val_both_accuracy"]) for row in history]
+    best = torch.load("runs/fast/best.pt", weights_only=True)
+    assert len(best["history"]) == validated.index(max(validated)) + 1
+    assert {f"val_{name}" for name in ("digit_loss", "sum_loss")} < set(history[0])
+
+
+def test_folders_are_never_overwritten(job):
+    for _ in range(3):
+        assert job(*FAST, "--dry-run")[0] == 0
+    assert job(*FAST, "--name", "mine", "--dry-run")[0] == 0
+    names = {"fast-dry-run", "fast-dry-run-2", "fast-dry-run-3", "mine-dry-run"}
+    assert {path.name for path in Path("runs").iterdir()} == names
+    before = Path("runs/fast-dry-run/results.json").read_bytes()
+    status, out, err = job(*FAST, "--output-dir", "runs/fast-dry-run")
+    assert (status, out) == (1, "") and one_line(err) and "holds a run" in err
+    assert Path("runs/fast-dry-run/results.json").read_bytes() == before
+
+
+def test_a_dry_run_goes_the_whole_way_and_says_what_it_is(job):
+    status, out, _ = job("--dry-run", "--epochs", 50, "--batch-size", 100)
+    assert status == 0
+    results = result("runs/default-dry-run")
+    assert "DRY RUN" in results["note"] and results["epochs"] == 2
+    assert "300 train, 200 test" in out and "DRY RUN" in out
+    assert len(rows("runs/default-dry-run")) == 2
+
+
+def test_synthetic_digits_are_marked_wherever_they_show(drawing_job, monkeypatch):
+    small = mnist.stand_in
+    monkeypatch.setattr(mnist, "stand_in", lambda part, count: small(part, count // 100))
+    titles = []
+    figure = train.plots._figure
+    monkeypatch.setattr(
+        train.plots, "_figure", lambda title, **size: titles.append(title) or figure(title, **size)
+    )
+    status, out, err = drawing_job(*FAST, "--dry-run", "--data-dir", "nowhere")
+    assert status == 0 and "NOT MNIST" in err
+    assert "NOT MNIST" in out.split("result")[1]
+    results = result("runs/fast-dry-run")
+    assert results["dataset"] == "synthetic" and "NOT MNIST" in results["note"]
+    assert len(titles) == len(PICTURES) and all("NOT MNIST" in title for title in titles)
+
+
+def test_quiet_prints_the_result_alone(job):
+    status, out, err = job(*FAST, "--quiet")
+    kinds = {line.split()[0] for line in out.splitlines()}
+    assert (status, err, kinds) == (0, "", {"result", "run"})
+
+
+def test_a_missing_device_gives_way_to_the_cpu_with_the_reason(job):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    status, out, err = job(*FAST, "--device", "cuda", "--dry-run")
+    assert status == 0 and "device   cpu" in out
+    assert err.startswith("warning: ") and "cuda" in err.lower() and err.count("\n") == 1
+
+
+USAGE = [
+    ["--epochs", "0"],
+    ["--epochs", "2.5"],
+    ["--epochs", "many"],
+    ["--batch-size", "-1"],
+    ["--lr", "nan"],
+    ["--lr", "0"],
+    ["--weight-decay", "11"],
+    ["--seed", "-1"],
+    ["--seed", str(2**32)],
+    ["--val-size", "600"],
+    ["--dataset", "cifar"],
+    ["--device", "tpu"],
+    ["--precision", "fp16"],
+    ["--recipe", "none"],
+    ["--name", "a/b"],
+    ["--name", ".."],
+    ["--name", ""],
+    ["--output-dir", ""],
+    ["--name", "a", "--output-dir", "b"],
+    ["--epoch", "3"],
+    ["--bogus"],
+    ["stray"],
+    ["--batch-size", "599"],
+    ["--batch-size", "1"],
+    ["--recipe", "concat-mlp", "--batch-size", "601"],
+]
+
+
+@pytest.mark.parametrize("flags", USAGE, ids=" ".join)
+def test_wrong_usage_is_one_line_and_status_2(job, flags):
+    status, out, err = job(*flags)
+    assert (status, out) == (2, "") and one_line(err), err
+    assert not Path("runs").exists() and not Path("b").exists()
+
+
+def test_a_refused_number_comes_with_its_legal_range(job):
+    assert "from 1 to 100000" in job("--epochs", "0")[2]
+
+
+def test_a_batch_of_one_is_fine_without_batch_norm(job):
+    assert job("--recipe", "concat-mlp", "--dry-run", "--batch-size", 1)[0] == 0
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "file"])
+def test_an_output_folder_that_cannot_be_is_one_line(job, place):
+    Path("file").touch()
+    status, _, err = job(*FAST, "--output-dir", f"{place}/sub")
+    assert status == 1 and one_line(err), err
+
+
+def test_a_damaged_file_is_one_line(job, data_dir):
+    path = data_dir / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    status, out, err = job(*FAST)
+    assert (status, out) == (1, "") and one_line(err) and path.name in err
+
+
+def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, monkeypatch):
+    def breaks(step, total_steps):
+        return 1e38 if step > 7 else 1.0
+
+    broken = train.dataclasses.replace(RECIPES["concat-mlp"], schedule=breaks)
+    monkeypatch.setitem(RECIPES, "concat-mlp", broken)
+    few = torch.arange(120)
+    monkeypatch.setattr(train, "split_off", lambda count, val_size, seed: (few, few[:0]))
+    status, out, err = job("--recipe", "concat-mlp", "--batch-size", 20, "--epochs", 3)
+    assert status == 1 and one_line(err)
+    assert re.search(r"NaN or infinite at step [34] of 6 in epoch 2", err)
+    assert [row["epoch"] for row in rows("runs/concat-mlp")] == ["1"]
+    state = torch.load("runs/concat-mlp/last.pt", weights_only=True)
+    assert len(state["history"]) == 1
+    assert all(value.isfinite().all() for value in state["network"].values())
+    assert not Path("runs/concat-mlp/results.json").exists()
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_last_whole_epoch_and_its_pictures(process, workplace, signum, code):
+    job = process(*FAST, "--epochs", 1000)
+    for line in job.stdout:
+        if line.startswith("epoch    2/1000"):
+            break
+    time.sleep(0.3)
+    job.send_signal(signum)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == code, err
+    assert "stopped after epoch" in err and "Traceback" not in err
+    history = rows(workplace / "runs/fast")
+    state = torch.load(workplace / "runs/fast/last.pt", weights_only=True)
+    assert 2 <= len(history) == len(state["history"]) < 1000
+    for name in PICTURES:
+        Image.open(workplace / f"runs/fast/{name}.png").load()
+    assert not (workplace / "runs/fast/results.json").exists()
+    assert "\r" not in err  # no bar where there is no terminal
+
+
+def test_a_bar_on_a_terminal_goes_when_it_is_done(workplace, digests):
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    code = f"import sys, mnist, train; mnist.SHA256 = {digests!r}; sys.exit(train.main())"
+    command = [sys.executable, "-c", code, *map(str, FAST), "--epochs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    shown = os.read(ours, 100_000)
+    os.close(ours)
+    assert b"epoch 1/2" in shown and shown.endswith(b"\r") and b"\n" not in shown
+    assert done.stdout.count(b"\nepoch") == 2
+
+
+def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--dry-run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and one_line(done.stderr) and "pip install" in done.stderr
+
+
+@pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR names no folder with MNIST")
+def test_fast_reaches_its_figures_on_mnist(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()  # MNIST's own digests
+    folder = tmp_path / "run"
+    data = os.environ["MNIST_DIR"]
+    flags = ["--recipe", "fast", "--dataset", "mnist", "--data-dir", data, "-q"]
+    assert train.main([*flags, "--output-dir", str(folder)]) == 0
+    test = result(folder)["test"]
+    assert test["digit_accuracy"] >= 0.9885 and test["sum_accuracy"] >= 0.9880
