@@ -1,6 +1,7 @@
 """The command lines: flags with ranges, and errors of one line."""
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
@@ -9,9 +10,16 @@ from functools import partial
 import torch
 
 from mnist import DataError
-from recipes import RECIPES
-from rundir import RunError
+from recipes import RECIPES, Recipe
+from rundir import LAST, RunError, find_checkpoint, load_checkpoint
 from scores import TrainingError
+
+# Flags that concern one call, not the run; and settings that a run keeps to its end.
+PASSING = {"resume", "eval_only", "quiet", "name", "output_dir"}
+FIXED = {"recipe", "encoder", "join", "seed", "dataset", "dry_run"}
+FIXED |= {"addends", "val_size", "affine", "mean", "std", "drop_last"}
+
+DRY_EPOCHS = 2  # at most, in a dry run
 
 say = partial(print, flush=True)
 
@@ -102,10 +110,78 @@ def train_parser(manual):
     place.add_argument("--output-dir", type=folder, metavar="DIR", help=text)
     text = "the run's name below runs (default: the recipe's)"
     place.add_argument("--name", type=name, help=text)
+    text = "go on with a run's folder or checkpoint; bare: with the newest run"
+    group.add_argument("--resume", nargs="?", const="", metavar="PATH", help=text)
+    text = "with --resume: print the checkpoint's figures, train nothing"
+    group.add_argument("--eval-only", action="store_true", help=text)
     text = "the whole way in seconds: a few batches of everything"
     group.add_argument("--dry-run", action="store_true", help=text)
     group.add_argument("-q", "--quiet", action="store_true", help="print the result alone")
     return parser
+
+
+def resolve_recipe(args):
+    """The table's row, with the flags that were given in their places."""
+    columns = {column.name for column in dataclasses.fields(Recipe)}
+    given = {k: v for k, v in vars(args).items() if k in columns and v is not None}
+    recipe = dataclasses.replace(RECIPES[args.recipe], **given)
+    if args.dry_run:
+        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, DRY_EPOCHS))
+    return recipe
+
+
+def parse_train(manual, argv):
+    """The flags of train.py, and the checkpoint's path and state (or None) if there is one.
+
+    With --resume, flags that are not given come from the run.
+
+    Raises:
+        UsageError: flags that don't fit together.
+        RunError: the checkpoint can't be used.
+    """
+    parser = train_parser(manual)
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        if args.eval_only:
+            raise UsageError("--eval-only needs a checkpoint; add --resume PATH")
+        return args, None, None
+    if args.name or args.output_dir:
+        raise UsageError("--resume goes on in the run's own folder; leave out --name, --output-dir")
+    path = find_checkpoint(args.resume)
+    if path.name != LAST and not args.eval_only:
+        raise UsageError(
+            f"--resume goes on from a run's {LAST}; name its folder, or add --eval-only"
+        )
+    state = load_checkpoint(path)
+    parser.set_defaults(**state["flags"])
+    return parser.parse_args(argv), path, state
+
+
+def lasting(args):
+    """The flags that belong to a run however often it is resumed, in plain types."""
+    return {k: v for k, v in vars(args).items() if k not in PASSING}
+
+
+def announce_changes(before, now):
+    """Say what is set otherwise than when the run was begun.
+
+    Both are dicts with "flags" and "recipe".
+
+    Raises:
+        UsageError: a change after which it would be another network, or other data.
+    """
+    before, now = (kept["flags"] | kept["recipe"] for kept in (before, now))
+    for name in now:
+        if name == "about" or name in before and before[name] == now[name]:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        change = f"{flag} is now {now[name]}, was {before.get(name)}"
+        if name in FIXED:
+            raise UsageError(f"{change}, which makes it another experiment; begin a new run")
+        if name == "epochs":
+            change += ": the schedule goes on in the new length, so this is not the same as a run"
+            change += " of that length from the start"
+        warn(f"note: {change}")
 
 
 def exit_status(command):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -23,6 +24,7 @@ except (ImportError, RuntimeError) as error:  # a torchvision built for another 
     ) from error
 
 from dataset import NUM_DIGITS, SIDE, Affine, affine_matrices, generator, warp
+from locks import folder_lock
 
 # The four files of MNIST, unpacked. They are all that is read in a data folder's MNIST/raw.
 SHA256 = {
@@ -140,6 +142,8 @@ def read_verified(folder, name):
 def fetch(data_dir):
     """Download MNIST through torchvision into `data_dir`, where only verified files get names.
 
+    Of several processes one downloads, and the others wait for it.
+
     Raises:
         Absent: no mirror gave the right files in time; nothing is left behind.
         DataError: the folder can't be written.
@@ -147,11 +151,16 @@ def fetch(data_dir):
     raw = raw_folder(data_dir)
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-            download(folder)
-            for name in SHA256:
-                read_verified(raw_folder(folder), name)
-                os.replace(raw_folder(folder) / name, raw / name)
+        with folder_lock(data_dir, wait=True):
+            if all((raw / name).exists() for name in SHA256):
+                return
+            for killed in Path(data_dir).glob(".download-*"):
+                shutil.rmtree(killed, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+                download(folder)
+                for name in SHA256:
+                    read_verified(raw_folder(folder), name)
+                    os.replace(raw_folder(folder) / name, raw / name)
     except OSError as error:
         raise DataError(
             f"{data_dir} can't be written ({error.strerror}); choose another --data-dir"

@@ -41,6 +41,7 @@ class Recipe:
     schedule: Callable[[int, int], float] = one_cycle  # (step, total steps) -> factor of lr
     digit_weight: float = 1.0  # of the digit's loss in the total loss
     sum_weight: float = 1.0
+    label_smoothing: float = 0.0  # share of the target given to all classes alike
     averaging: float = 0.0  # decay of the exponential average of the weights; 0: none
     affine: Affine | None = None  # augmentation of the training images
     mean: float = MEAN  # what is taken from the pixels (0..1), and

@@ -4,11 +4,23 @@ import csv
 import io
 import json
 import os
+import pickle
+import zipfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from locks import folder_lock
+
 RUNS = "runs"
+LAST, BEST = "last.pt", "best.pt"
+CHECKPOINT_KEYS = {"flags", "recipe", "history", "curve", "seconds"}
+CHECKPOINT_KEYS |= {"network", "averaged", "optimizer"}
+
+# What a damaged archive makes the standard library and torch raise, found by damaging some.
+DAMAGE = (RuntimeError, EOFError, KeyError, ValueError, NotImplementedError, OSError, zlib.error)
 
 
 class RunError(Exception):
@@ -51,10 +63,25 @@ class RunDir:
         try:
             (self.path / "args.json").touch(exist_ok=False)
         except FileExistsError as error:
-            raise RunError(
-                f"{self.path} holds a run already; choose another --output-dir"
-            ) from error
+            advice = "choose another --output-dir, or go on with --resume"
+            raise RunError(f"{self.path} holds a run already; {advice}") from error
         return self
+
+    @contextmanager
+    def working(self):
+        """Hold the folder against other processes, cleared of what a killed one left half-written.
+
+        Raises:
+            RunError: another process is at work in the folder.
+        """
+        try:
+            with folder_lock(self.path, wait=False):
+                for leftover in self.path.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
+                yield
+        except BlockingIOError as error:
+            advice = "wait for it, or stop it"
+            raise RunError(f"another process is at work in {self.path}; {advice}") from error
 
     def write(self, name, content):
         """Write bytes to the file `name`, which has either its old content or all of the new."""
@@ -67,11 +94,9 @@ class RunDir:
                 os.fsync(file.fileno())
             os.replace(beside, path)
         except OSError as error:
-            raise RunError(
-                f"{path} can't be written ({error.strerror}); what was there before is kept"
-            ) from error
-        finally:
             beside.unlink(missing_ok=True)
+            advice = f"mend that and go on with --resume {self.path}"
+            raise RunError(f"{path} can't be written ({error.strerror}); {advice}") from error
 
     def save_checkpoint(self, name, state):
         """Save a dict of plain values and tensors, so that `weights_only=True` can load it."""
@@ -97,3 +122,46 @@ class RunDir:
         figure.savefig(buffer, format="png")
         self.write(name, buffer.getbuffer())
         return self.path / name
+
+
+def find_checkpoint(place):
+    """The checkpoint that is meant by a run's folder, a file, or "": the newest run's.
+
+    Raises:
+        RunError: there is none.
+    """
+    if not place:
+        found = Path(RUNS).glob(f"*/{LAST}")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            raise RunError(f"no run below {RUNS} has a checkpoint; name a run's folder")
+        return newest
+    path = Path(place, LAST) if Path(place).is_dir() else Path(place)
+    if not path.exists():
+        raise RunError(f"there is no checkpoint {path}; name a run's folder or a checkpoint")
+    return path
+
+
+def load_checkpoint(path):
+    """A checkpoint's state, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        RunError: it can't be read, is damaged, or is not a checkpoint of this program.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        advice = "mend that, or name another"
+        raise RunError(f"{path} can't be read ({error.strerror}); {advice}") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if archive.testzip():  # torch.load takes damaged tensors without a word
+                raise zipfile.BadZipFile
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, *DAMAGE) as error:
+        raise RunError(
+            f"{path} is damaged or no checkpoint of this program; name another"
+        ) from error
+    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
+        raise RunError(f"{path} is no checkpoint of this program; name another")
+    return state

@@ -119,3 +119,12 @@ def epoch_line(row, epochs):
         f"epoch {epoch}  loss digit/sum {' '.join(losses)}  {'  '.join(shares)}  "
         f"{row['train_seconds']:.1f} s"
     )
+
+
+def result_line(part, score):
+    """The figures of a Predictions' score as a line to read."""
+    percent = {name: f"{100 * value:.2f} %" for name, value in score.items()}
+    return (
+        f"result   {part}: digit {percent['digit_accuracy']}, sum {percent['sum_accuracy']}, "
+        f"both {percent['both_accuracy']}, consistent {percent['consistency']}"
+    )

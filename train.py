@@ -16,35 +16,30 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import mnist
 import model
 import plots
-from cli import UsageError, exit_status, say, train_parser, warn
-from dataset import NUM_DIGITS, NUM_SUMS, MNISTSum, split_off
-from device import Engine, Stopped, pick_engine, stop_on_signals
-from recipes import RECIPES, Recipe
-from rundir import RunDir
-from scores import Predictions, epoch_line, summarise
+from cli import (
+    UsageError,
+    announce_changes,
+    exit_status,
+    lasting,
+    parse_train,
+    resolve_recipe,
+    say,
+    warn,
+)
+from dataset import MNISTSum, split_off
+from device import Stopped, pick_engine, stop_on_signals
+from learner import Learner, evaluate, train_epoch
+from rundir import BEST, LAST, RunDir
+from scores import Predictions, epoch_line, result_line, summarise
 
-EVAL_BATCH = 500  # images; each is joined with all ten addends
-BAR_EVERY = 20  # steps between two readings of the loss from the device
 REDRAW_SECONDS = 10  # at least, between two drawings of loss.png
 PREDICTIONS, MISTAKES = 24, 30  # test images at most in predictions.png and mistakes.png
-DRY_EPOCHS, DRY_BATCHES, DRY_IMAGES = 2, 3, 200  # at most, in a dry run
-
-
-def resolve_recipe(args):
-    """The table's row, with the flags that were given in their places."""
-    columns = {column.name for column in dataclasses.fields(Recipe)}
-    given = {k: v for k, v in vars(args).items() if k in columns and v is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **given)
-    if args.dry_run:
-        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, DRY_EPOCHS))
-    return recipe
+DRY_BATCHES, DRY_IMAGES = 3, 200  # at most, in a dry run
 
 
 def make_datasets(source, recipe, args, device):
@@ -68,48 +63,6 @@ def make_datasets(source, recipe, args, device):
     return part(source.train, "train", train, **options), held_out
 
 
-@dataclasses.dataclass
-class Learner:
-    """What learns, and how: all that training changes, beside the recipe and the engine."""
-
-    recipe: Recipe
-    engine: Engine
-    network: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None
-
-    @classmethod
-    def build(cls, recipe, engine, seed):
-        """A network with the seed's initial weights, and its optimiser."""
-        torch.manual_seed(seed)
-        network = engine.place(model.build(recipe.encoder, recipe.join))
-        optimizer = getattr(torch.optim, recipe.optimizer)(
-            network.parameters(),
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            fused=engine.device.type in ("cpu", "cuda"),
-            **recipe.optimizer_options,
-        )
-        averaged = None
-        if recipe.averaging:
-            average = get_ema_multi_avg_fn(recipe.averaging)
-            averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        return cls(recipe, engine, network, optimizer, averaged)
-
-    @property
-    def trained(self):
-        """The network whose figures are reported: the averaged one, where the recipe averages."""
-        return self.averaged.module if self.averaged else self.network
-
-    def state(self):
-        """All that training changes, as plain types and tensors."""
-        return {
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.state_dict() if self.averaged else None,
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-
 def count_steps(recipe, images, network):
     """Steps an epoch of so many images takes.
 
@@ -127,59 +80,6 @@ def count_steps(recipe, images, network):
     return full + (smallest == rest)
 
 
-def train_epoch(learner, dataset, step, total_steps, stop, bar):
-    """Train one epoch, from `step` of `total_steps` on.
-
-    Returns what each step gave, float64 (steps, 5) on the CPU: the mean losses of the digit and of
-    the sum, how many digits and how many sums were right, how many images there were. It stays on
-    the device till the epoch's end: reading it at each step would make the device wait.
-    """
-    recipe, network, optimizer = learner.recipe, learner.network, learner.optimizer
-    network.train()
-    record, sizes = [], []
-    for image, digit, addend, total in dataset.batches(recipe.batch_size, recipe.drop_last):
-        stop.check()
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * recipe.schedule(step, total_steps)
-        with learner.engine.autocast():
-            digit_log_probs, sum_log_probs = network(image, addend)  # (B, 10), (B, 19)
-        digit_loss = F.nll_loss(digit_log_probs, digit)
-        sum_loss = F.nll_loss(sum_log_probs, total)
-        optimizer.zero_grad()
-        (recipe.digit_weight * digit_loss + recipe.sum_weight * sum_loss).backward()
-        optimizer.step()
-        if learner.averaged:
-            learner.averaged.update_parameters(network)
-        digits_right = (digit_log_probs.argmax(dim=1) == digit).sum()
-        sums_right = (sum_log_probs.argmax(dim=1) == total).sum()
-        record.append(torch.stack([digit_loss, sum_loss, digits_right, sums_right]).detach())
-        sizes.append([len(digit)])
-        step += 1
-        bar.update()
-        if step % BAR_EVERY == 0 and not bar.disable:
-            bar.set_postfix(digit=f"{digit_loss.item():.3f}", sum=f"{sum_loss.item():.3f}")
-    return torch.cat([torch.stack(record).cpu().double(), torch.tensor(sizes)], dim=1)
-
-
-@torch.no_grad()
-def evaluate(learner, dataset, stop):
-    """Predictions for each image with each of the ten addends; each image is encoded once."""
-    network, engine = learner.trained, learner.engine
-    network.eval()
-    every_addend = torch.eye(NUM_DIGITS, device=engine.device)
-    digit_log_probs, sum_log_probs = [], []
-    for indices in torch.arange(len(dataset), device=engine.device).split(EVAL_BATCH):
-        stop.check()
-        with engine.autocast():
-            features = network.encode(dataset.normalised(indices))  # (B, F)
-        pairs = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
-        digit, total = network.join(pairs, every_addend.repeat(len(indices), 1))
-        digit_log_probs.append(digit.view(-1, NUM_DIGITS, NUM_DIGITS))
-        sum_log_probs.append(total.view(-1, NUM_DIGITS, NUM_SUMS))
-    parts = torch.cat(digit_log_probs), torch.cat(sum_log_probs), dataset.digits
-    return Predictions(*(part.cpu() for part in parts))
-
-
 @dataclasses.dataclass
 class Run:
     """A run: what it works with, and what it has done so far."""
@@ -190,11 +90,20 @@ class Run:
     steps: int  # an epoch
     rundir: RunDir
     facts: dict  # what results.json says beside the results
-    settings: dict  # the flags and the recipe, in plain types
+    settings: dict  # the lasting flags and the recipe, in plain types
     tell: Callable[[str], None]  # prints a line, unless it is to be quiet
+    bar: Callable[..., tqdm]
+    started: float  # on the clock of time.perf_counter
     history: list[dict] = dataclasses.field(default_factory=list)  # a row an epoch
     curve: list[tuple] = dataclasses.field(default_factory=list)  # of the training loss
     predictions: Predictions | None = None  # for the test set, after the last whole epoch
+
+    def take_up(self, state, stop):
+        """Go on from a checkpoint's state, whose weights the learner has; mend what hangs on it."""
+        self.history, self.curve = state["history"], state["curve"]
+        self.started -= state["seconds"]
+        self.rundir.save_history(self.history)
+        self.predictions = evaluate(self.learner, self.held_out["test"], stop)
 
     def train(self, stop):
         """Train the epochs that are left, each saved when it is whole. Raises Stopped."""
@@ -214,7 +123,7 @@ class Run:
         learner, total_steps = self.learner, self.learner.recipe.epochs * self.steps
         self.train_set.set_epoch(epoch)
         clock = time.perf_counter()
-        with self.bar(f"epoch {epoch}/{learner.recipe.epochs}") as bar:
+        with self.bar(total=self.steps, desc=f"epoch {epoch}/{learner.recipe.epochs}") as bar:
             done = (epoch - 1) * self.steps
             record = train_epoch(learner, self.train_set, done, total_steps, stop, bar)
         seconds = {"train_seconds": time.perf_counter() - clock}
@@ -232,20 +141,14 @@ class Run:
         self.curve.extend(curve)
         self.predictions = predictions
 
-    def bar(self, text):
-        """A progress bar on stderr, which is not drawn where stderr is no terminal."""
-        quiet = self.settings["flags"]["quiet"] or os.environ.get("TQDM_DISABLE")
-        disable = True if quiet else None
-        return tqdm(total=self.steps, desc=text, leave=False, disable=disable)
-
     def save(self):
         """Save the epoch just done: the checkpoint first, as all else can be made from it."""
         state = self.settings | {"history": self.history, "curve": self.curve}
-        state |= self.learner.state()
-        self.rundir.save_checkpoint("last.pt", state)
+        state |= {"seconds": time.perf_counter() - self.started, **self.learner.state()}
+        self.rundir.save_checkpoint(LAST, state)
         validated = [row.get("val_both_accuracy", 0.0) for row in self.history]
         if validated[-1] > max(validated[:-1], default=0.0):
-            self.rundir.save_checkpoint("best.pt", state)
+            self.rundir.save_checkpoint(BEST, state)
         self.rundir.save_history(self.history)
 
     def title(self):
@@ -277,20 +180,52 @@ class Run:
         }
         return [self.rundir.save_figure(name, figure) for name, figure in figures.items()]
 
-    def report(self, total_seconds):
-        """Write results.json, print the result, and return the line that says it."""
-        test = self.predictions.score()
-        train_seconds = round(sum(row["train_seconds"] for row in self.history), 3)
-        seconds = {"train_seconds": train_seconds, "total_seconds": round(total_seconds, 3)}
-        self.rundir.save_json("results.json", self.facts | {"test": test} | seconds)
-        percent = {name: f"{100 * value:.2f} %" for name, value in test.items()}
-        say(
-            f"result   test: digit {percent['digit_accuracy']}, sum {percent['sum_accuracy']}, "
-            f"both {percent['both_accuracy']}, consistent {percent['consistency']}; "
-            f"{train_seconds:.1f} s of training"
-        )
-        if self.facts["note"]:
-            say(f"note     {self.facts['note']}")
+    def report(self):
+        """Write results.json."""
+        seconds = {
+            "train_seconds": round(sum(row["train_seconds"] for row in self.history), 3),
+            "total_seconds": round(time.perf_counter() - self.started, 3),
+        }
+        test = {"test": self.predictions.score()}
+        self.rundir.save_json("results.json", self.facts | test | seconds)
+
+
+def describe(args, recipe, engine, source, network):
+    """What is to be known of a run beside its results, for its files."""
+    notes = [source.note, "DRY RUN: a few batches only" if args.dry_run else ""]
+    return {
+        "recipe": args.recipe,
+        "dataset": source.name,
+        "note": "; ".join(filter(None, notes)),
+        "seed": args.seed,
+        "epochs": recipe.epochs,
+        "device": str(engine.device),
+        "precision": engine.precision,
+        "threads": torch.get_num_threads(),
+        "parameters": model.count_parameters(network),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version("torchvision"),
+        },
+    }
+
+
+def headlines(facts, recipe, network, train_set, held_out, rundir):
+    """The lines at a run's start."""
+    sizes = [f"{len(part):,} {name}" for name, part in {"train": train_set, **held_out}.items()]
+    yield f"device   {facts['device']}, {facts['precision']}, {facts['threads']} threads"
+    yield f"data     {facts['dataset']}: {', '.join(sizes)} images"
+    yield f"recipe   {facts['recipe']}: {recipe.about}"
+    yield model.summary(network)
+    yield f"seed     {facts['seed']}"
+    yield f"run      {rundir.path}"
+
+
+def say_note(facts):
+    """Print what must be known of the results, if anything must."""
+    if facts["note"]:
+        say(f"note     {facts['note']}")
 
 
 def main(argv=None):
@@ -301,61 +236,55 @@ def main(argv=None):
 def run(argv):
     """A run in the order of events: flags, device, data, network, folder, epochs, pictures."""
     started = time.perf_counter()
-    args = train_parser(__doc__).parse_args(argv)
-    tell = (lambda line: None) if args.quiet else say
+    args, path, state = parse_train(__doc__, argv)
     recipe = resolve_recipe(args)
     engine = pick_engine(args.device, args.precision)
     if engine.warning:
         warn(f"warning: {engine.warning}")
     source = mnist.load(args.dataset, args.data_dir, warn)
+    args.dataset = source.name  # a run that is resumed is never given the other
+    settings = {"flags": lasting(args), "recipe": recipe.as_plain()}
+    if state:
+        announce_changes(state, settings)
     train_set, held_out = make_datasets(source, recipe, args, engine.device)
     learner = Learner.build(recipe, engine, args.seed)
     steps = count_steps(recipe, len(train_set), learner.network)
+    if state:
+        learner.load(state)
+    facts = describe(args, recipe, engine, source, learner.network)
+    if args.eval_only:
+        with stop_on_signals() as stop:
+            for part, dataset in held_out.items():
+                say(result_line(part, evaluate(learner, dataset, stop).score()))
+        say_note(facts)
+        return 0
+
     name = f"{args.name or args.recipe}{'-dry-run' if args.dry_run else ''}"
-    rundir = RunDir.create(name, args.output_dir)
-
-    notes = [source.note, "DRY RUN: a few batches only" if args.dry_run else ""]
-    facts = {
-        "recipe": args.recipe,
-        "dataset": source.name,
-        "note": "; ".join(filter(None, notes)),
-        "seed": args.seed,
-        "epochs": recipe.epochs,
-        "device": str(engine.device),
-        "precision": engine.precision,
-        "threads": torch.get_num_threads(),
-        "parameters": model.count_parameters(learner.network),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": version("torchvision"),
-        },
-    }
-    settings = {"flags": vars(args), "recipe": recipe.as_plain()}
-    command = shlex.join(["python", "train.py", *argv])
-    rundir.save_json("args.json", {"command": command, **facts, **settings})
-
-    sizes = [f"{len(part):,} {name}" for name, part in {"train": train_set, **held_out}.items()]
-    tell(
-        f"device   {engine.device} ({args.device}), {engine.precision}, {facts['threads']} threads"
-    )
-    tell(f"data     {source.name}: {', '.join(sizes)} images")
-    tell(f"recipe   {args.recipe}: {recipe.about}")
-    tell(model.summary(learner.network))
-    tell(f"seed     {args.seed}")
-    tell(f"run      {rundir.path}")
-
-    run = Run(learner, train_set, held_out, steps, rundir, facts, settings, tell)
-    with stop_on_signals() as stop:
+    rundir = RunDir(path.parent) if state else RunDir.create(name, args.output_dir)
+    tell = (lambda line: None) if args.quiet else say
+    for line in headlines(facts, recipe, learner.network, train_set, held_out, rundir):
+        tell(line)
+    hidden = True if args.quiet or os.environ.get("TQDM_DISABLE") else None  # None: no terminal
+    bar = partial(tqdm, total=steps, leave=False, disable=hidden)
+    with rundir.working(), stop_on_signals() as stop:
+        command = shlex.join(["python", "train.py", *argv])
+        rundir.save_json("args.json", {"command": command, **facts, **settings})
+        run = Run(learner, train_set, held_out, steps, rundir, facts, settings, tell, bar, started)
         try:
+            if state:
+                run.take_up(state, stop)
             run.train(stop)
         except Stopped:
-            warn(f"stopped after epoch {len(run.history)} of {recipe.epochs}")
-        pictures = run.draw() if run.history else []
-    if stop.signum is None:
-        run.report(time.perf_counter() - started)
+            warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
+        pictures = run.draw() if run.predictions else []
+        if stop.signum is None:
+            run.report()
+            say(result_line("test", run.predictions.score()))
+            say_note(facts)
     for path in pictures:
         say(f"picture  {path}")
+    if stop.signum is not None and run.history:
+        say(f"resume   python train.py --resume {rundir.path}")
     say(f"run      {rundir.path}")
     return stop.exit_status
 
