@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
-from functools import partial
 
 import torch
 
+from dataset import NUM_DIGITS
 from mnist import DataError
 from recipes import RECIPES, Recipe
 from rundir import LAST, RunError, find_checkpoint, load_checkpoint
@@ -21,12 +22,16 @@ FIXED |= {"addends", "val_size", "affine", "mean", "std", "drop_last"}
 
 DRY_EPOCHS = 2  # at most, in a dry run
 
-say = partial(print, flush=True)
+
+def say(text, file=None):
+    """Print a line; of the processes that torchrun starts, the first one alone does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file, flush=True)
 
 
 def warn(text):
     """Print a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr)
 
 
 class UsageError(Exception):
@@ -85,17 +90,22 @@ def train_parser(manual):
 
     group = parser.add_argument_group("recipe", "a flag given wins over the recipe")
     flag = group.add_argument
-    flag("--recipe", choices=RECIPES, default="default", help="see below (default: default)")
-    flag("--epochs", type=count, help="passes over the training set, 1 to 100000")
-    flag("-b", "--batch-size", type=count, help="images a step, 1 to 100000")
-    flag("--lr", type=number(float, 1e-9, 100), help="the schedule's peak, 1e-9 to 100")
-    flag("--weight-decay", type=number(float, 0, 10), help="0 to 10")
+    flag(
+        "--recipe", choices=RECIPES, default="default", help="a row of the table (default: default)"
+    )
+    flag("--epochs", type=count, metavar="N", help="passes over the training set, 1 to 100000")
+    flag("-b", "--batch-size", type=count, metavar="N", help="images a step, 1 to 100000")
+    rate = number(float, 1e-9, 100)
+    flag("--lr", type=rate, metavar="X", help="the schedule's peak, 1e-9 to 100")
+    decay = number(float, 0, 10)
+    flag("--weight-decay", type=decay, metavar="X", help="0 to 10")
     flag("--addends", choices=["each-epoch", "once"], help="when the random numbers are drawn")
-    flag("--val-size", type=number(int, 0, 59_999), help="images held out, 0 to 59999")
+    size = number(int, 0, 59_999)
+    flag("--val-size", type=size, metavar="N", help="training images held out, 0 to 59999")
     group = parser.add_argument_group("run")
     flag = group.add_argument
     seed = number(int, 0, 2**32 - 1)
-    flag("--seed", type=seed, default=0, help="0 to 4294967295 (default: 0)")
+    flag("--seed", type=seed, default=0, metavar="N", help="0 to 4294967295 (default: 0)")
     text = "auto: MNIST, or synthetic digits where it can't be had (default: auto)"
     flag("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help=text)
     text = "holds or gets MNIST/raw, as torchvision has it (default: data)"
@@ -104,12 +114,14 @@ def train_parser(manual):
     flag("--device", type=device, default="auto", help=text)
     text = "auto: bf16 where the processor has it (default: auto)"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
+    text = "on a GPU: the same bits at each run, for some time more"
+    flag("--deterministic", action="store_true", help=text)
     group = parser.add_argument_group("output")
     place = group.add_mutually_exclusive_group()
     text = "the run's folder (default: a new one below runs)"
     place.add_argument("--output-dir", type=folder, metavar="DIR", help=text)
     text = "the run's name below runs (default: the recipe's)"
-    place.add_argument("--name", type=name, help=text)
+    place.add_argument("--name", type=name, metavar="NAME", help=text)
     text = "go on with a run's folder or checkpoint; bare: with the newest run"
     group.add_argument("--resume", nargs="?", const="", metavar="PATH", help=text)
     text = "with --resume: print the checkpoint's figures, train nothing"
@@ -117,6 +129,25 @@ def train_parser(manual):
     text = "the whole way in seconds: a few batches of everything"
     group.add_argument("--dry-run", action="store_true", help=text)
     group.add_argument("-q", "--quiet", action="store_true", help="print the result alone")
+    return parser
+
+
+def predict_parser(manual):
+    """The parser of predict.py."""
+    parser = Parser(prog="predict.py", description=manual)
+    parser.add_argument("run", help="a run's folder, or a checkpoint")
+    text = "pictures of a digit, in any format that Pillow reads; - for standard input"
+    parser.add_argument("image", nargs="*", help=text)
+    addend = number(int, 0, NUM_DIGITS - 1)
+    text = "the number to add, 0 to 9 (default: 0)"
+    parser.add_argument("--add", type=addend, default=0, metavar="N", help=text)
+    text = "print a list of objects for programs"
+    parser.add_argument("--json", action="store_true", help=text)
+    text = "draw what the network saw, and its probabilities"
+    parser.add_argument("--save-picture", type=folder, metavar="FILE", help=text)
+    text = "write the network with torch.export, and a model card beside it"
+    exported = matching(r"[^\0]+\.pt2", "a file's name that ends in .pt2")
+    parser.add_argument("--export", type=exported, metavar="FILE.pt2", help=text)
     return parser
 
 
@@ -165,12 +196,15 @@ def lasting(args):
 def announce_changes(before, now):
     """Say what is set otherwise than when the run was begun.
 
-    Both are dicts with "flags" and "recipe".
+    Both are dicts with "flags" and "recipe"; `before`, a checkpoint's state, has a history too.
 
     Raises:
         UsageError: a change after which it would be another network, or other data.
     """
+    done = len(before["history"])
     before, now = (kept["flags"] | kept["recipe"] for kept in (before, now))
+    if now["epochs"] < done:
+        raise UsageError(f"--epochs {now['epochs']} is less than the {done} done; give more")
     for name in now:
         if name == "about" or name in before and before[name] == now[name]:
             continue
@@ -201,5 +235,5 @@ def exit_status(command):
         warn(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size")
         return 1
     except KeyboardInterrupt:
-        warn("error: interrupted before the first epoch; nothing was kept")
+        warn("error: stopped before the first epoch; nothing was changed, begin again")
         return 130

@@ -88,16 +88,20 @@ class MNISTSum(Dataset):
         draw = generator(self.seed, self.split, self.epoch, "order")
         return torch.randperm(len(self), generator=draw).to(self.device)
 
-    def batches(self, batch_size, drop_last=False):
-        """The epoch's batches, ready for the network; the last one may be smaller, or dropped."""
+    def batches(self, batch_size, drop_last=False, rank=0, world=1):
+        """The epoch's batches, each with how many images it has in all of the `world` processes.
+
+        Yields that count and, of the batch, what falls to the process `rank`: four tensors, ready
+        for the network, and empty where a small last batch leaves it nothing.
+        """
         for indices in self.order().split(batch_size):
             if len(indices) == batch_size or not drop_last:
-                yield self.__getitems__(indices)
+                yield len(indices), self.__getitems__(indices[rank::world])
 
     def normalised(self, indices, matrices=None):
         """Images as the network takes them: float32 (B, 1, 28, 28)."""
         images = self.images[indices].unsqueeze(1).float()
-        if matrices is not None:
+        if matrices is not None and len(images):  # affine_grid takes no empty batch
             images = warp(images, matrices[indices])
         return images.sub_(255 * self.mean).div_(255 * self.std)
 

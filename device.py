@@ -1,57 +1,96 @@
-"""Where the work is done: the device, its precision, and a stop asked for from outside."""
+"""Where work is done: device, precision, processes that share it, and a stop from outside."""
 
+import os
 import signal
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+# What torchrun tells each process of its place, and what holds without it.
+PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 0}
 
 
 class Engine(NamedTuple):
-    """A device that was tried, and the precision of the encoder's arithmetic on it."""
+    """A device that was tried, its precision, and this process's place among those that share.
+
+    A single process is rank 0 of a world of 1.
+    """
 
     device: torch.device
-    precision: str  # "fp32" or "bf16"
+    precision: str = "fp32"  # of the encoder's arithmetic, or "bf16"
+    rank: int = 0
+    world: int = 1
     warning: str = ""  # why it is not the device that was asked for
 
     def place(self, network):
-        """Move a network to the device, its convolutions in the layout that they gain from."""
+        """A network moved to the device, its convolutions in the layout that they gain from."""
+        if self.world > 1 and self.device.type == "cuda":
+            network = SyncBatchNorm.convert_sync_batchnorm(network)
         if self.device.type == "mps":
             return network.to(self.device)
         return network.to(self.device, memory_format=torch.channels_last)
+
+    def replicate(self, network):
+        """The network as one of `world` replicas whose gradients are averaged: or as it is."""
+        return network if self.world == 1 else DistributedDataParallel(network)
+
+    def add_up(self, tensor):
+        """A tensor summed over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def autocast(self):
         """The context in which a network's forward pass has the engine's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def synchronize(self):
-        """Wait for the device, so that a clock read next tells the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+    @contextmanager
+    def joined(self):
+        """The processes that torchrun started, joined; nothing for a single one."""
+        if self.world == 1:
+            yield
+            return
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        yield
+        dist.destroy_process_group()  # not after an error: the others might never come to it
 
 
-def pick_engine(device="auto", precision="auto"):
+def pick_engine(device="auto", precision="auto", deterministic=False):
     """The Engine for a wish such as "auto", "cpu", "cuda", "cuda:1" or "mps".
 
     What was wished for is tried by a small allocation; what fails that gives way to the CPU, with
-    the reason in `warning`. `auto` takes CUDA, else MPS, else the CPU, without a warning.
+    the reason in `warning`. `auto` takes CUDA, else MPS, else the CPU, without a warning. Under
+    torchrun each process of a machine has a GPU of its own.
     """
+    rank, world, local, neighbours = (int(os.environ.get(*place)) for place in PLACE.items())
     warning = ""
     if device == "auto":
-        has_mps = torch.backends.mps.is_available()
+        has_mps = torch.backends.mps.is_available() and world == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if device.startswith("cuda") and world > 1:
+        device = f"cuda:{local}"
     try:
+        if device.startswith("cuda") and torch.cuda.device_count() < neighbours:
+            raise RuntimeError(f"fewer GPUs than the {neighbours} processes")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
         reason = str(error).strip().splitlines()[0]
         warning = f"no {device} here ({reason}): running on the CPU"
         device = "cpu"
     device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # cuBLAS reads it at its start, and is deterministic only with it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return Engine(device, precision, warning)
+    return Engine(device, precision, rank, world, warning)
 
 
 def has_fast_bf16(device):
@@ -82,6 +121,9 @@ class StopFlag:
     def exit_status(self):
         """0, or what a shell expects of a program that the signal ended: 130, 143."""
         return 0 if self.signum is None else 128 + self.signum
+
+
+NEVER = StopFlag()  # for work that nothing but the signal itself is to stop
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import model
 from dataset import NUM_DIGITS, NUM_SUMS
-from device import Engine
+from device import NEVER, Engine
 from recipes import Recipe
 from rundir import RunError
 from scores import Predictions
@@ -24,6 +24,7 @@ class Learner:
     recipe: Recipe
     engine: Engine
     network: torch.nn.Module
+    replica: torch.nn.Module  # the network as training calls it: one of several, or itself
     optimizer: torch.optim.Optimizer
     averaged: AveragedModel | None
 
@@ -32,6 +33,7 @@ class Learner:
         """A network with the seed's initial weights, and its optimiser."""
         torch.manual_seed(seed)
         network = engine.place(model.build(recipe.encoder, recipe.join))
+        replica = engine.replicate(network)
         optimizer = getattr(torch.optim, recipe.optimizer)(
             network.parameters(),
             lr=recipe.lr,
@@ -43,7 +45,7 @@ class Learner:
         if recipe.averaging:
             average = get_ema_multi_avg_fn(recipe.averaging)
             averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        return cls(recipe, engine, network, optimizer, averaged)
+        return cls(recipe, engine, network, replica, optimizer, averaged)
 
     @property
     def trained(self):
@@ -73,11 +75,6 @@ class Learner:
             raise RunError("the checkpoint is of another network; name another") from error
 
 
-def smoothed(loss, log_probs, recipe):
-    """The negative log-likelihood `loss` with the recipe's label smoothing, which it lacks."""
-    return (1 - recipe.label_smoothing) * loss - recipe.label_smoothing * log_probs.mean()
-
-
 def train_epoch(learner, dataset, step, total_steps, stop, bar):
     """Train one epoch, from `step` of `total_steps` on.
 
@@ -85,49 +82,81 @@ def train_epoch(learner, dataset, step, total_steps, stop, bar):
     the sum, how many digits and how many sums were right, how many images there were. It stays on
     the device till the epoch's end: reading it at each step would make the device wait.
     """
-    recipe, network, optimizer = learner.recipe, learner.network, learner.optimizer
-    network.train()
+    recipe, engine, optimizer = learner.recipe, learner.engine, learner.optimizer
+    learner.network.train()
     record, sizes = [], []
-    for image, digit, addend, total in dataset.batches(recipe.batch_size, recipe.drop_last):
+    parts = dataset.batches(recipe.batch_size, recipe.drop_last, engine.rank, engine.world)
+    for size, (image, digit, addend, total) in parts:
         stop.check()
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * recipe.schedule(step, total_steps)
-        with learner.engine.autocast():
-            digit_log_probs, sum_log_probs = network(image, addend)  # (B, 10), (B, 19)
-        digit_loss = F.nll_loss(digit_log_probs, digit)
-        sum_loss = F.nll_loss(sum_log_probs, total)
+        with engine.autocast():
+            digit_log_probs, sum_log_probs = learner.replica(image, addend)  # (B, 10), (B, 19)
+        # Sums over this process's part, divided by the whole batch: they add up over processes.
+        digit_loss = F.nll_loss(digit_log_probs, digit, reduction="sum") / size
+        sum_loss = F.nll_loss(sum_log_probs, total, reduction="sum") / size
+        loss = recipe.digit_weight * smoothed(digit_loss, digit_log_probs, size, recipe)
+        loss = loss + recipe.sum_weight * smoothed(sum_loss, sum_log_probs, size, recipe)
         optimizer.zero_grad()
-        loss = recipe.digit_weight * smoothed(digit_loss, digit_log_probs, recipe)
-        loss += recipe.sum_weight * smoothed(sum_loss, sum_log_probs, recipe)
-        loss.backward()
+        (engine.world * loss).backward()  # the gradients are then averaged over processes
         optimizer.step()
         if learner.averaged:
-            learner.averaged.update_parameters(network)
+            learner.averaged.update_parameters(learner.network)
         digits_right = (digit_log_probs.argmax(dim=1) == digit).sum()
         sums_right = (sum_log_probs.argmax(dim=1) == total).sum()
         record.append(torch.stack([digit_loss, sum_loss, digits_right, sums_right]).detach())
-        sizes.append([len(digit)])
+        sizes.append([size])
         step += 1
         bar.update()
         if step % BAR_EVERY == 0 and not bar.disable:
             bar.set_postfix(digit=f"{digit_loss.item():.3f}", sum=f"{sum_loss.item():.3f}")
-    return torch.cat([torch.stack(record).cpu().double(), torch.tensor(sizes)], dim=1)
+    record = engine.add_up(torch.stack(record)).cpu().double()
+    return torch.cat([record, torch.tensor(sizes)], dim=1)
+
+
+def smoothed(loss, log_probs, size, recipe):
+    """The negative log-likelihood `loss` with the recipe's label smoothing, which it lacks.
+
+    That is the cross entropy with a target of which every class has a small share.
+    """
+    every_class = -log_probs.sum() / (size * log_probs.shape[1])
+    return (1 - recipe.label_smoothing) * loss + recipe.label_smoothing * every_class
 
 
 @torch.no_grad()
-def evaluate(learner, dataset, stop):
+def evaluate(learner, dataset, stop=NEVER):
     """Predictions for each image with each of the ten addends; each image is encoded once."""
     network, engine = learner.trained, learner.engine
     network.eval()
-    every_addend = torch.eye(NUM_DIGITS, device=engine.device)
-    digit_log_probs, sum_log_probs = [], []
-    for indices in torch.arange(len(dataset), device=engine.device).split(EVAL_BATCH):
+    count, every_addend = len(dataset), torch.eye(NUM_DIGITS, device=engine.device)
+    digit_log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS, device=engine.device)
+    sum_log_probs = torch.zeros(count, NUM_DIGITS, NUM_SUMS, device=engine.device)
+    part = torch.arange(engine.rank, count, engine.world, device=engine.device)
+    for indices in part.split(EVAL_BATCH):
         stop.check()
         with engine.autocast():
             features = network.encode(dataset.normalised(indices))  # (B, F)
         pairs = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
         digit, total = network.join(pairs, every_addend.repeat(len(indices), 1))
-        digit_log_probs.append(digit.view(-1, NUM_DIGITS, NUM_DIGITS))
-        sum_log_probs.append(total.view(-1, NUM_DIGITS, NUM_SUMS))
-    parts = torch.cat(digit_log_probs), torch.cat(sum_log_probs), dataset.digits
+        digit_log_probs[indices] = digit.view(-1, NUM_DIGITS, NUM_DIGITS)
+        sum_log_probs[indices] = total.view(-1, NUM_DIGITS, NUM_SUMS)
+    parts = engine.add_up(digit_log_probs), engine.add_up(sum_log_probs), dataset.digits
     return Predictions(*(part.cpu() for part in parts))
+
+
+def restore(state):
+    """The trained network of a checkpoint's state, ready to predict: the averaged one if there is.
+
+    Raises:
+        RunError: it is of a network that this program does not have.
+    """
+    recipe = state["recipe"]
+    try:
+        network = model.build(recipe["encoder"], recipe["join"])
+        weights = network.state_dict()
+        trained = state["averaged"] or state["network"]
+        prefix = "module." if state["averaged"] else ""
+        network.load_state_dict({name: trained[prefix + name] for name in weights})
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise RunError("the checkpoint is of another network; name another") from error
+    return network.eval()

@@ -33,6 +33,8 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+# Test images whose labels people found wrong: they show another digit, or one can't agree which.
+DOUBTED = {947, 1621, 1901, 2462, 2597, 3558, 5937, 6651, 6783, 9729, 2130, 2654, 3520, 8527, 9679}
 CONNECTION_TIMEOUT = 10  # seconds without an answer
 DOWNLOAD_TIMEOUT = 300  # seconds for all four files
 

@@ -173,6 +173,33 @@ def mistakes_figure(
     return figure
 
 
+def reading_figure(
+    originals: Sequence, pixels: Sequence, digits: Tensor, sums: Tensor, titles: Sequence[str]
+) -> Figure:
+    """Pictures, what the network saw of them, and the probabilities that it gave: a row each.
+
+    originals: N pictures of Pillow's; pixels: N of (28, 28) uint8; digits: (N, 10) and sums:
+    (N, 19), probabilities; titles: N lines.
+    """
+    figure = _figure("", height=2.4 * len(originals))
+    rows = figure.subplots(len(originals), 4, squeeze=False, width_ratios=(2, 2, 3, 5))
+    for places, original, seen, *chances, title in zip(
+        rows, originals, pixels, digits, sums, titles, strict=True
+    ):
+        places[0].imshow(original.convert("RGB"))
+        places[0].set_xlabel("picture")
+        places[1].imshow(seen, cmap="gray", vmin=0, vmax=255)
+        places[1].set_xlabel("what the network saw")
+        for axes in places[:2]:
+            axes.set(xticks=[], yticks=[])
+        for axes, head, chance in zip(places[2:], ("digit", "sum"), chances, strict=True):
+            axes.bar(range(len(chance)), 100 * chance.numpy(), **HEAD_STYLES[head])
+            axes.set(xticks=range(len(chance)), ylim=(0, 100), xlabel=head, ylabel="%")
+            axes.spines[["top", "right"]].set_visible(False)
+        places[3].set_title(title, loc="right", fontsize=11)
+    return figure
+
+
 def _figure(title: str, height: float) -> Figure:
     """An empty figure of the common width, `height` inches high, its title wrapped."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")

@@ -7,7 +7,7 @@ import os
 import pickle
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,10 +28,14 @@ class RunError(Exception):
 
 
 class RunDir:
-    """A run's folder. Its files are written beside their place, fsynced and renamed."""
+    """A run's folder. Its files are written beside their place, fsynced and renamed.
 
-    def __init__(self, path):
-        self.path = Path(path)
+    Of several processes of a run one writes; for the others the folder is not `writable`, and
+    what they would write goes nowhere.
+    """
+
+    def __init__(self, path, writable=True):
+        self.path, self.writable = Path(path), writable
 
     @classmethod
     def create(cls, name, output_dir=None):
@@ -74,29 +78,23 @@ class RunDir:
         Raises:
             RunError: another process is at work in the folder.
         """
-        try:
-            with folder_lock(self.path, wait=False):
-                for leftover in self.path.glob(".*.tmp"):
-                    leftover.unlink(missing_ok=True)
-                yield
-        except BlockingIOError as error:
-            advice = "wait for it, or stop it"
-            raise RunError(f"another process is at work in {self.path}; {advice}") from error
+        if not self.writable:
+            yield
+            return
+        with ExitStack() as held:
+            try:
+                held.enter_context(folder_lock(self.path, wait=False))
+            except BlockingIOError as error:
+                advice = "wait for it, or stop it"
+                raise RunError(f"another process is at work in {self.path}; {advice}") from error
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            yield
 
     def write(self, name, content):
         """Write bytes to the file `name`, which has either its old content or all of the new."""
-        path = self.path / name
-        beside = self.path / f".{name}.tmp"
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            advice = f"mend that and go on with --resume {self.path}"
-            raise RunError(f"{path} can't be written ({error.strerror}); {advice}") from error
+        if self.writable:
+            write_whole(self.path / name, content, f"mend that and go on with --resume {self.path}")
 
     def save_checkpoint(self, name, state):
         """Save a dict of plain values and tensors, so that `weights_only=True` can load it."""
@@ -118,10 +116,34 @@ class RunDir:
 
     def save_figure(self, name, figure):
         """Write a matplotlib figure as a PNG, and return its path."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        self.write(name, buffer.getbuffer())
+        self.write(name, as_png(figure))
         return self.path / name
+
+
+def as_png(figure):
+    """A matplotlib figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getbuffer()
+
+
+def write_whole(path, content, advice="choose another place"):
+    """Write bytes to a file, which has its old content or none till it has all of the new.
+
+    Raises:
+        RunError: they can't be written; the message gives `advice`.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunError(f"{path} can't be written ({error.strerror}); {advice}") from error
 
 
 def find_checkpoint(place):

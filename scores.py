@@ -54,6 +54,16 @@ def summarise(record, epoch):
     return row, curve
 
 
+def unsmoothed(probabilities, label_smoothing):
+    """What a network trained with label smoothing would give without: (..., C), sums to 1.
+
+    Trained with smoothing e it tends to (1 - e) q + e / C for a probability q.
+    """
+    classes = probabilities.shape[-1]
+    q = (probabilities - label_smoothing / classes).clamp(min=0)
+    return q / q.sum(dim=-1, keepdim=True)
+
+
 class Predictions(NamedTuple):
     """What a network predicts for N images, each with all ten addends; on the CPU."""
 

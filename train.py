@@ -34,7 +34,7 @@ from cli import (
 from dataset import MNISTSum, split_off
 from device import Stopped, pick_engine, stop_on_signals
 from learner import Learner, evaluate, train_epoch
-from rundir import BEST, LAST, RunDir
+from rundir import BEST, LAST, RUNS, RunDir, load_checkpoint
 from scores import Predictions, epoch_line, result_line, summarise
 
 REDRAW_SECONDS = 10  # at least, between two drawings of loss.png
@@ -63,19 +63,20 @@ def make_datasets(source, recipe, args, device):
     return part(source.train, "train", train, **options), held_out
 
 
-def count_steps(recipe, images, network):
-    """Steps an epoch of so many images takes.
+def count_steps(recipe, images, world):
+    """Steps that an epoch of so many images takes, each divided over `world` processes.
 
     Raises:
-        UsageError: none, or one of them meets batch normalisation with a batch of one image.
+        UsageError: none, or batch normalisation would meet less than two images in one of them.
     """
     full, rest = divmod(images, recipe.batch_size)
     smallest = rest if rest and not recipe.drop_last else recipe.batch_size
     size = f"--batch-size {recipe.batch_size}"
     if not full and recipe.drop_last:
         raise UsageError(f"{size} leaves no full batch; give at most {images}")
-    if smallest == 1 and model.has_batch_norm(network):
-        reason = "makes a batch of one image, which batch normalisation can't take"
+    if smallest // world < 2 and model.has_batch_norm(model.build(recipe.encoder, recipe.join)):
+        reason = f"makes a batch of {smallest}, which is too small for batch normalisation"
+        reason += f" in {world} processes" if world > 1 else ""
         raise UsageError(f"{size} {reason}; give another, {images} images are to be divided")
     return full + (smallest == rest)
 
@@ -98,8 +99,10 @@ class Run:
     curve: list[tuple] = dataclasses.field(default_factory=list)  # of the training loss
     predictions: Predictions | None = None  # for the test set, after the last whole epoch
 
-    def take_up(self, state, stop):
-        """Go on from a checkpoint's state, whose weights the learner has; mend what hangs on it."""
+    def take_up(self, path, stop):
+        """Go on from a checkpoint, and mend what hangs on it."""
+        state = load_checkpoint(path)  # again: till the folder was held, it could be written to
+        self.learner.load(state)
         self.history, self.curve = state["history"], state["curve"]
         self.started -= state["seconds"]
         self.rundir.save_history(self.history)
@@ -113,7 +116,8 @@ class Run:
             self.train_one(epoch, stop)
             self.save()
             self.tell(epoch_line(self.history[-1], epochs))
-            if time.perf_counter() - drawn > REDRAW_SECONDS and epoch < epochs:
+            due = time.perf_counter() - drawn > REDRAW_SECONDS and epoch < epochs
+            if due and self.rundir.writable:
                 figure = plots.loss_figure(self.curve, self.history, self.title())
                 self.rundir.save_figure("loss.png", figure)
                 drawn = time.perf_counter()
@@ -169,8 +173,9 @@ class Run:
         digits, sums = (part[shown, addends] for part in predictions.predicted())
         some = images[shown], predictions.digits[shown], addends, digits, sums
         wrong, guesses, confidences = predictions.worst(MISTAKES)
-        truths, notes = predictions.digits[wrong], [""] * len(wrong)
-        worst = images[wrong], truths, guesses, confidences, wrong, notes
+        doubted = mnist.DOUBTED if self.facts["dataset"] == "mnist" else {}
+        notes = ["label doubted" if index in doubted else "" for index in wrong.tolist()]
+        worst = images[wrong], predictions.digits[wrong], guesses, confidences, wrong, notes
         figures = {
             "loss.png": plots.loss_figure(self.curve, self.history, title),
             "accuracy.png": plots.accuracy_figure(self.history, title),
@@ -190,6 +195,11 @@ class Run:
         self.rundir.save_json("results.json", self.facts | test | seconds)
 
 
+def run_name(args):
+    """The name of a run's folder."""
+    return f"{args.name or args.recipe}{'-dry-run' if args.dry_run else ''}"
+
+
 def describe(args, recipe, engine, source, network):
     """What is to be known of a run beside its results, for its files."""
     notes = [source.note, "DRY RUN: a few batches only" if args.dry_run else ""]
@@ -201,6 +211,7 @@ def describe(args, recipe, engine, source, network):
         "epochs": recipe.epochs,
         "device": str(engine.device),
         "precision": engine.precision,
+        "processes": engine.world,
         "threads": torch.get_num_threads(),
         "parameters": model.count_parameters(network),
         "versions": {
@@ -214,7 +225,9 @@ def describe(args, recipe, engine, source, network):
 def headlines(facts, recipe, network, train_set, held_out, rundir):
     """The lines at a run's start."""
     sizes = [f"{len(part):,} {name}" for name, part in {"train": train_set, **held_out}.items()]
-    yield f"device   {facts['device']}, {facts['precision']}, {facts['threads']} threads"
+    processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
+    threads = f"{processes}{facts['threads']} threads"
+    yield f"device   {facts['device']}, {facts['precision']}, {threads}"
     yield f"data     {facts['dataset']}: {', '.join(sizes)} images"
     yield f"recipe   {facts['recipe']}: {recipe.about}"
     yield model.summary(network)
@@ -234,52 +247,60 @@ def main(argv=None):
 
 
 def run(argv):
-    """A run in the order of events: flags, device, data, network, folder, epochs, pictures."""
+    """What the flags ask for, on the device that is there, by as many processes as there are."""
     started = time.perf_counter()
     args, path, state = parse_train(__doc__, argv)
-    recipe = resolve_recipe(args)
-    engine = pick_engine(args.device, args.precision)
+    engine = pick_engine(args.device, args.precision, args.deterministic)
     if engine.warning:
         warn(f"warning: {engine.warning}")
+    command = shlex.join(["python", "train.py", *argv])
+    with engine.joined():
+        return carry_out(args, engine, path, state, command, started)
+
+
+def carry_out(args, engine, path, state, command, started):
+    """A run in the order of events: data, network, folder, epochs, pictures, result."""
+    recipe = resolve_recipe(args)
     source = mnist.load(args.dataset, args.data_dir, warn)
     args.dataset = source.name  # a run that is resumed is never given the other
     settings = {"flags": lasting(args), "recipe": recipe.as_plain()}
     if state:
         announce_changes(state, settings)
     train_set, held_out = make_datasets(source, recipe, args, engine.device)
+    steps = count_steps(recipe, len(train_set), engine.world)
     learner = Learner.build(recipe, engine, args.seed)
-    steps = count_steps(recipe, len(train_set), learner.network)
-    if state:
-        learner.load(state)
     facts = describe(args, recipe, engine, source, learner.network)
     if args.eval_only:
-        with stop_on_signals() as stop:
-            for part, dataset in held_out.items():
-                say(result_line(part, evaluate(learner, dataset, stop).score()))
+        learner.load(state)
+        for part, dataset in held_out.items():
+            say(result_line(part, evaluate(learner, dataset).score()))
         say_note(facts)
         return 0
 
-    name = f"{args.name or args.recipe}{'-dry-run' if args.dry_run else ''}"
-    rundir = RunDir(path.parent) if state else RunDir.create(name, args.output_dir)
+    if state or engine.rank:
+        rundir = RunDir(path.parent if state else RUNS, writable=engine.rank == 0)
+    else:
+        rundir = RunDir.create(run_name(args), args.output_dir)
     tell = (lambda line: None) if args.quiet else say
     for line in headlines(facts, recipe, learner.network, train_set, held_out, rundir):
         tell(line)
-    hidden = True if args.quiet or os.environ.get("TQDM_DISABLE") else None  # None: no terminal
-    bar = partial(tqdm, total=steps, leave=False, disable=hidden)
+    hidden = args.quiet or engine.rank or os.environ.get("TQDM_DISABLE")
+    bar = partial(tqdm, total=steps, leave=False, disable=True if hidden else None)  # None: no tty
     with rundir.working(), stop_on_signals() as stop:
-        command = shlex.join(["python", "train.py", *argv])
         rundir.save_json("args.json", {"command": command, **facts, **settings})
         run = Run(learner, train_set, held_out, steps, rundir, facts, settings, tell, bar, started)
         try:
             if state:
-                run.take_up(state, stop)
+                run.take_up(path, stop)
             run.train(stop)
         except Stopped:
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
-        pictures = run.draw() if run.predictions else []
+        pictures = run.draw() if run.predictions and rundir.writable else []
         if stop.signum is None:
             run.report()
-            say(result_line("test", run.predictions.score()))
+            seconds = sum(row["train_seconds"] for row in run.history)
+            line = result_line("test", run.predictions.score())
+            say(f"{line}; {seconds:.1f} s of training")
             say_note(facts)
     for path in pictures:
         say(f"picture  {path}")

@@ -89,16 +89,29 @@ def test_the_order_is_a_permutation(digits):
 def test_batches_cover_the_epoch_once(digits, drop_last, sizes):
     dataset = MNISTSum(digits, "train")
     batches = list(dataset.batches(192, drop_last))
-    assert [len(batch[0]) for batch in batches] == sizes
-    seen = torch.cat([batch[1] for batch in batches])
+    assert [size for size, _ in batches] == [len(batch[0]) for _, batch in batches] == sizes
+    seen = torch.cat([digit for _, (_, digit, _, _) in batches])
     assert torch.equal(seen, dataset.digits[dataset.order()][: sum(sizes)])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_batch_out(digits, world):
+    dataset = MNISTSum(digits, "train", torch.arange(129), affine=Affine(10, 0.1, 0.1, 10))
+    alone = list(dataset.batches(64))
+    parts = [list(dataset.batches(64, rank=rank, world=world)) for rank in range(world)]
+    for (size, batch), *shares in zip(alone, *parts, strict=True):
+        assert size == len(batch[0]) and all(share[0] == size for share in shares)
+        for i, whole in enumerate(batch):
+            for rank, (_, part) in enumerate(shares):
+                assert torch.equal(part[i], whole[rank::world])
+    assert [len(batch[0]) for _, batch in parts[-1]][-1] == 0  # one image is left for two or three
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_any_dataloader_gives_the_same_batches(digits, workers):
     dataset = MNISTSum(digits, "train", affine=Affine(10, 0.1, 0.1, 10))
     loader = DataLoader(dataset, 128, sampler=dataset.order().tolist(), num_workers=workers)
-    for ours, theirs in zip(dataset.batches(128), loader, strict=True):
+    for (_, ours), theirs in zip(dataset.batches(128), loader, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
 

@@ -1,0 +1,66 @@
+"""The README says what is so: its commands parse, and its tables are those of the program."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import train
+from cli import train_parser
+from recipes import RECIPES
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(call.split("#")[0])[2:]
+    for block in [*BLOCKS, train.__doc__]
+    for line in block.splitlines()
+    for call in line.split("&&")
+    if re.match(r"\s*(\S*/)?python train\.py", call)
+]
+
+
+def flag_table():
+    """The rows of the table that stands under "Flags": flag -> what is said of it."""
+    section = README.split("## Flags")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \|$", section, re.MULTILINE)
+    return {flags.replace("`", ""): text for flags, text in rows}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_its_commands_parse(command):
+    args = train_parser("").parse_args(command)
+    assert args.recipe in RECIPES
+
+
+def test_there_are_commands_to_parse():
+    assert len(COMMANDS) >= 6
+    assert shlex.split("--epochs 20 --device cuda") in COMMANDS
+
+
+def test_its_flag_table_is_what_help_says():
+    told = {}
+    for action in train_parser("")._actions:
+        name = ", ".join(action.option_strings)
+        values = action.metavar or ("{" + ",".join(action.choices) + "}" if action.choices else "")
+        takes = action.nargs != 0
+        told[name if not takes or not values else f"{name} {values}"] = action.help
+    told.pop("-h, --help")
+    assert flag_table() == told
+
+
+def test_its_recipe_table_names_every_recipe():
+    section = README.split("## Recipes")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([\w-]+)` ", section, re.MULTILINE) == list(RECIPES)
+
+
+def test_files_and_modules_that_it_names_exist():
+    for name in re.findall(r"`((?:tests/)?\w+\.py)`", README):
+        assert (ROOT / name).is_file(), name
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_ci_runs_the_test_command():
+    assert "-m pytest" in README and "eval" in (ROOT / ".ci/run").read_text()
