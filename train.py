@@ -34,7 +34,7 @@ from cli import (
 from dataset import MNISTSum, split_off
 from device import Stopped, pick_engine, stop_on_signals
 from learner import Learner, evaluate, train_epoch
-from rundir import BEST, LAST, RUNS, RunDir, load_checkpoint
+from rundir import BEST, LAST, RUNS, RunDir, RunError, load_checkpoint
 from scores import Predictions, epoch_line, result_line, summarise
 
 REDRAW_SECONDS = 10  # at least, between two drawings of loss.png
@@ -294,9 +294,17 @@ def carry_out(args, engine, path, state, command, started):
                 run.take_up(path, stop)
             run.train(stop)
         except Stopped:
-            warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
+            pass
+        except RuntimeError as error:  # what a process meets when another one has gone
+            if engine.world == 1:
+                raise
+            if stop.signum is None:
+                advice = f"go on with --resume {rundir.path}"
+                raise RunError(f"another process of this run has ended; {advice}") from error
         pictures = run.draw() if run.predictions and rundir.writable else []
-        if stop.signum is None:
+        if stop.signum is not None:
+            warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
+        else:
             run.report()
             seconds = sum(row["train_seconds"] for row in run.history)
             line = result_line("test", run.predictions.score())

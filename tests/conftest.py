@@ -29,20 +29,37 @@ def idx(tensor):
     return bytes([0, 0, 8, tensor.ndim]) + sizes + tensor.byte().numpy().tobytes()
 
 
-@pytest.fixture(scope="session")
-def idx_files():
-    """The four files of a small MNIST: name -> bytes."""
+def files_of(images):
+    """The four files of a small MNIST, with {"train": count, "test": count}: name -> bytes."""
     files = {}
-    for part, name, count in (("train", "train", TRAIN_IMAGES), ("test", "t10k", TEST_IMAGES)):
-        digits = mnist.stand_in(part, count)
+    for part, name in (("train", "train"), ("test", "t10k")):
+        digits = mnist.stand_in(part, images[part])
         files[f"{name}-images-idx3-ubyte"] = idx(digits.data)
         files[f"{name}-labels-idx1-ubyte"] = idx(digits.targets)
     return files
 
 
+def digests_of(files):
+    """What mnist.SHA256 says of files."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def write_files(data_dir, files):
+    """Put files where a data folder has them."""
+    raw = data_dir / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def idx_files():
+    return files_of({"train": TRAIN_IMAGES, "test": TEST_IMAGES})
+
+
 @pytest.fixture(scope="session")
 def digests(idx_files):
-    return {name: hashlib.sha256(content).hexdigest() for name, content in idx_files.items()}
+    return digests_of(idx_files)
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +72,7 @@ def small_mnist(monkeypatch, digests):
 @pytest.fixture
 def data_dir(tmp_path, idx_files):
     """A data folder with the small MNIST."""
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, content in idx_files.items():
-        (raw / name).write_bytes(content)
+    write_files(tmp_path / "data", idx_files)
     return tmp_path / "data"
 
 
