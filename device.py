@@ -24,7 +24,8 @@ class Engine(NamedTuple):
     precision: str = "fp32"  # of the encoder's arithmetic, or "bf16"
     rank: int = 0
     world: int = 1
-    warning: str = ""  # why it is not the device that was asked for
+    reason: str = ""  # why this device
+    fell_back: bool = False  # it is not the one that was asked for
 
     def place(self, network):
         """A network moved to the device, its convolutions in the layout that they gain from."""
@@ -62,15 +63,15 @@ class Engine(NamedTuple):
 def pick_engine(device="auto", precision="auto", deterministic=False):
     """The Engine for a wish such as "auto", "cpu", "cuda", "cuda:1" or "mps".
 
-    What was wished for is tried by a small allocation; what fails that gives way to the CPU, with
-    the reason in `warning`. `auto` takes CUDA, else MPS, else the CPU, without a warning. Under
-    torchrun each process of a machine has a GPU of its own.
+    What was wished for is tried by a small allocation; what fails that gives way to the CPU. `auto`
+    takes CUDA, else MPS, else the CPU. Under torchrun each process of a machine has its own GPU.
     """
     rank, world, local, neighbours = (int(os.environ.get(*place)) for place in PLACE.items())
-    warning = ""
+    reason, fell_back = "as asked", False
     if device == "auto":
         has_mps = torch.backends.mps.is_available() and world == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        reason = "no GPU here" if device == "cpu" else "found here"
     if device.startswith("cuda") and world > 1:
         device = f"cuda:{local}"
     try:
@@ -78,8 +79,7 @@ def pick_engine(device="auto", precision="auto", deterministic=False):
             raise RuntimeError(f"fewer GPUs than the {neighbours} processes")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
-        reason = str(error).strip().splitlines()[0]
-        warning = f"no {device} here ({reason}): running on the CPU"
+        reason, fell_back = f"{device} failed: {str(error).strip().splitlines()[0]}", True
         device = "cpu"
     device = torch.device(device)
     if device.type == "cuda":
@@ -90,7 +90,7 @@ def pick_engine(device="auto", precision="auto", deterministic=False):
     torch.use_deterministic_algorithms(deterministic)
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return Engine(device, precision, rank, world, warning)
+    return Engine(device, precision, rank, world, reason, fell_back)
 
 
 def has_fast_bf16(device):

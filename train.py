@@ -222,12 +222,12 @@ def describe(args, recipe, engine, source, network):
     }
 
 
-def headlines(facts, recipe, network, train_set, held_out, rundir):
+def headlines(facts, engine, recipe, network, train_set, held_out, rundir):
     """The lines at a run's start."""
     sizes = [f"{len(part):,} {name}" for name, part in {"train": train_set, **held_out}.items()]
     processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
     threads = f"{processes}{facts['threads']} threads"
-    yield f"device   {facts['device']}, {facts['precision']}, {threads}"
+    yield f"device   {engine.device} ({engine.reason}), {engine.precision}, {threads}"
     yield f"data     {facts['dataset']}: {', '.join(sizes)} images"
     yield f"recipe   {facts['recipe']}: {recipe.about}"
     yield model.summary(network)
@@ -251,8 +251,8 @@ def run(argv):
     started = time.perf_counter()
     args, path, state = parse_train(__doc__, argv)
     engine = pick_engine(args.device, args.precision, args.deterministic)
-    if engine.warning:
-        warn(f"warning: {engine.warning}")
+    if engine.fell_back:
+        warn(f"warning: running on the CPU, as {engine.reason}")
     command = shlex.join(["python", "train.py", *argv])
     with engine.joined():
         return carry_out(args, engine, path, state, command, started)
@@ -282,7 +282,7 @@ def carry_out(args, engine, path, state, command, started):
     else:
         rundir = RunDir.create(run_name(args), args.output_dir)
     tell = (lambda line: None) if args.quiet else say
-    for line in headlines(facts, recipe, learner.network, train_set, held_out, rundir):
+    for line in headlines(facts, engine, recipe, learner.network, train_set, held_out, rundir):
         tell(line)
     hidden = args.quiet or engine.rank or os.environ.get("TQDM_DISABLE")
     bar = partial(tqdm, total=steps, leave=False, disable=True if hidden else None)  # None: no tty
