@@ -252,7 +252,7 @@ def run(argv):
     args, path, state = parse_train(__doc__, argv)
     engine = pick_engine(args.device, args.precision, args.deterministic)
     if engine.fell_back:
-        warn(f"warning: running on the CPU, as {engine.reason}")
+        warn(f"warning: {engine.reason}: running on the CPU")
     command = shlex.join(["python", "train.py", *argv])
     with engine.joined():
         return carry_out(args, engine, path, state, command, started)
