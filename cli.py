@@ -23,15 +23,20 @@ FIXED |= {"addends", "val_size", "affine", "mean", "std", "drop_last"}
 DRY_EPOCHS = 2  # at most, in a dry run
 
 
+def legible(text):
+    """A text with escapes for what would break its line or can't be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def say(text, file=None):
-    """Print a line; of the processes that torchrun starts, the first one alone does."""
+    """Print lines; of the processes that torchrun starts, the first one alone does."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=file, flush=True)
+        print(*map(legible, text.split("\n")), sep="\n", file=file, flush=True)
 
 
 def warn(text):
     """Print a line to stderr."""
-    say(text, file=sys.stderr)
+    say(legible(text), file=sys.stderr)
 
 
 class UsageError(Exception):
@@ -184,6 +189,8 @@ def parse_train(manual, argv):
             f"--resume goes on from a run's {LAST}; name its folder, or add --eval-only"
         )
     state = load_checkpoint(path)
+    if state["flags"].get("recipe") not in RECIPES:
+        raise RunError(f"{path} is of a recipe that this program does not have; name another")
     parser.set_defaults(**state["flags"])
     return parser.parse_args(argv), path, state
 
@@ -233,6 +240,10 @@ def exit_status(command):
         return 1
     except torch.OutOfMemoryError as error:
         warn(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size")
+        return 1
+    except OSError as error:  # all others are caught where they arise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains
+        warn(f"error: the output can't be written ({error.strerror}); mend that")
         return 1
     except KeyboardInterrupt:
         warn("error: stopped before the first epoch; nothing was changed, begin again")

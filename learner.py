@@ -69,6 +69,8 @@ class Learner:
         try:
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.recipe.weight_decay  # may be another now
             if self.averaged:
                 self.averaged.load_state_dict(state["averaged"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

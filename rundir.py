@@ -16,11 +16,12 @@ from locks import folder_lock
 
 RUNS = "runs"
 LAST, BEST = "last.pt", "best.pt"
-CHECKPOINT_KEYS = {"flags", "recipe", "history", "curve", "seconds"}
-CHECKPOINT_KEYS |= {"network", "averaged", "optimizer"}
+CHECKPOINT = {"flags": dict, "recipe": dict, "history": list, "curve": list, "seconds": float}
+CHECKPOINT |= {"network": dict, "averaged": dict | None, "optimizer": dict}
 
 # What a damaged archive makes the standard library and torch raise, found by damaging some.
-DAMAGE = (RuntimeError, EOFError, KeyError, ValueError, NotImplementedError, OSError, zlib.error)
+DAMAGE = (EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError)
+DAMAGE += (ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 class RunError(Exception):
@@ -158,8 +159,8 @@ def find_checkpoint(place):
         if newest is None:
             raise RunError(f"no run below {RUNS} has a checkpoint; name a run's folder")
         return newest
-    path = Path(place, LAST) if Path(place).is_dir() else Path(place)
-    if not path.exists():
+    path = Path(place, LAST) if os.path.isdir(place) else Path(place)
+    if not os.path.exists(path):  # Path.exists raises at a name that is too long
         raise RunError(f"there is no checkpoint {path}; name a run's folder or a checkpoint")
     return path
 
@@ -177,13 +178,16 @@ def load_checkpoint(path):
         raise RunError(f"{path} can't be read ({error.strerror}); {advice}") from error
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if archive.testzip():  # torch.load takes damaged tensors without a word
+            marked = any(entry.external_attr for entry in archive.infolist())  # as a folder, say
+            if marked or archive.testzip():  # torch.load takes damaged tensors without a word
                 raise zipfile.BadZipFile
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, *DAMAGE) as error:
+    except DAMAGE as error:
         raise RunError(
             f"{path} is damaged or no checkpoint of this program; name another"
         ) from error
-    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
+    if not isinstance(state, dict) or not all(
+        name in state and isinstance(state[name], kind) for name, kind in CHECKPOINT.items()
+    ):
         raise RunError(f"{path} is no checkpoint of this program; name another")
     return state

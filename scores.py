@@ -9,6 +9,12 @@ from dataset import NUM_DIGITS, NUM_SUMS
 CURVE_POINTS = 20  # of the training loss, an epoch
 
 
+BROKEN = (
+    "the loss became NaN or infinite {}; "
+    "try a smaller --lr (of this epoch nothing is kept, of the earlier ones all)"
+)
+
+
 class TrainingError(Exception):
     """Training can't go on; the message says what to do."""
 
@@ -30,10 +36,7 @@ def summarise(record, epoch):
     broken = ~record[:, :2].isfinite().all(dim=1)
     if broken.any():
         step = int(broken.nonzero()[0]) + 1
-        raise TrainingError(
-            f"the loss became NaN or infinite at step {step} of {len(record)} in epoch {epoch}; "
-            "try a smaller --lr (of this epoch nothing is kept, of the earlier ones all)"
-        )
+        raise TrainingError(BROKEN.format(f"at step {step} of {len(record)} in epoch {epoch}"))
 
     def losses(steps):  # over images: the mean of the batches' means would favour a small batch
         images = steps[:, 4]

@@ -6,6 +6,7 @@ python train.py --epochs 20 --device cuda    on a GPU; on the CPU where there is
 """
 
 import dataclasses
+import math
 import os
 import platform
 import shlex
@@ -35,7 +36,7 @@ from dataset import MNISTSum, split_off
 from device import Stopped, pick_engine, stop_on_signals
 from learner import Learner, evaluate, train_epoch
 from rundir import BEST, LAST, RUNS, RunDir, RunError, load_checkpoint
-from scores import Predictions, epoch_line, result_line, summarise
+from scores import BROKEN, Predictions, TrainingError, epoch_line, result_line, summarise
 
 REDRAW_SECONDS = 10  # at least, between two drawings of loss.png
 PREDICTIONS, MISTAKES = 24, 30  # test images at most in predictions.png and mistakes.png
@@ -105,6 +106,7 @@ class Run:
         self.learner.load(state)
         self.history, self.curve = state["history"], state["curve"]
         self.started -= state["seconds"]
+        self.keep_best(state)
         self.rundir.save_history(self.history)
         self.predictions = evaluate(self.learner, self.held_out["test"], stop)
 
@@ -141,6 +143,8 @@ class Run:
             figures = predictions.score()
             del figures["consistency"]  # has no column of its own
             row |= {f"{part}_{name}": value for name, value in figures.items()}
+        if not all(map(math.isfinite, row.values())):
+            raise TrainingError(BROKEN.format(f"on held-out images after epoch {epoch}"))
         self.history.append(row | {name: round(value, 3) for name, value in seconds.items()})
         self.curve.extend(curve)
         self.predictions = predictions
@@ -150,10 +154,14 @@ class Run:
         state = self.settings | {"history": self.history, "curve": self.curve}
         state |= {"seconds": time.perf_counter() - self.started, **self.learner.state()}
         self.rundir.save_checkpoint(LAST, state)
+        self.keep_best(state)
+        self.rundir.save_history(self.history)
+
+    def keep_best(self, state):
+        """Save the checkpoint of the last epoch again if it is the best one on held-out images."""
         validated = [row.get("val_both_accuracy", 0.0) for row in self.history]
         if validated[-1] > max(validated[:-1], default=0.0):
             self.rundir.save_checkpoint(BEST, state)
-        self.rundir.save_history(self.history)
 
     def title(self):
         """A heading for pictures: what was run, how well, and what must be known of it."""
