@@ -1,8 +1,8 @@
 """Train a two-headed network on MNIST: image and random number in, digit and their sum out.
 
-python train.py                              the default recipe, twenty epochs
-python train.py --recipe fast                one epoch, seconds
-python train.py --epochs 20 --device cuda    on a GPU; on the CPU where there is none
+python train.py                              # the default recipe, twenty epochs
+python train.py --recipe fast                # one epoch, seconds
+python train.py --epochs 20 --device cuda    # on a GPU; on the CPU where there is none
 """
 
 import dataclasses
