@@ -185,6 +185,8 @@ def pick_digit(ink, threshold, noiseless):
     if noiseless and max(bottom - top, right - left) == BOX:  # MNIST's own: not a grey is lost
         cut = ink.shape != (SIDE, SIDE) and touches((top, bottom, left, right), ink.shape)
         return ink, (CUT,) if cut else ()
+    if not (ink > threshold).any():
+        return np.zeros_like(ink), ()
     labels = pieces(ink > threshold)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0

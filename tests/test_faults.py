@@ -443,17 +443,16 @@ FOREIGN = {
 }
 
 
-@tries(1, 5)
+@pytest.mark.parametrize("name", sorted(mnist.SHA256))
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("number", range(4))
-def test_a_damaged_data_file(few, data_dir, harm, number, seed):
-    path = sorted(data_dir.glob("MNIST/raw/*"))[number]
+def test_a_damaged_data_file(few, data_dir, harm, name):
+    path = data_dir / "MNIST" / "raw" / name
     old = path.read_bytes()
     path.unlink()
-    HARMS[harm](path, old, random.Random(seed))
+    HARMS[harm](path, old, random.Random(name))
     status, out, err = few("--recipe", "fast", "--dataset", "mnist")
     assert (status, out) == (1, "") and one_line(err.splitlines(keepends=True)[-1]), err
-    assert path.name in err and not Path("runs").exists()
+    assert name in err and not Path("runs").exists()
 
 
 def assert_refused_or_equal(job):
@@ -466,24 +465,23 @@ def assert_refused_or_equal(job):
     assert not Path("executed").exists()
 
 
-@tries(1, 5)
 @pytest.mark.parametrize("harm", HARMS | FOREIGN)
-def test_a_damaged_or_foreign_checkpoint(job, harm, seed):
-    old = uninterrupted().checkpoint
+def test_what_is_no_checkpoint(job, harm):
     Path("run").mkdir()
-    (HARMS | FOREIGN)[harm](Path("run", LAST), old, random.Random(seed))
+    (HARMS | FOREIGN)[harm](Path("run", LAST), uninterrupted().checkpoint, random.Random(0))
     assert_refused_or_equal(job)
 
 
-@tries(30, 600)
-def test_a_flipped_byte_in_a_checkpoint(job, seed):
+@tries(50, 1000)
+def test_a_damaged_checkpoint(job, seed):
     old, draw = uninterrupted().checkpoint, random.Random(seed)
+    anywhere = draw.randrange(len(old))
     with zipfile.ZipFile(io.BytesIO(old)) as archive:
         header = draw.choice(archive.infolist()).header_offset + draw.randrange(64)
         directory = draw.randrange(archive.start_dir, len(old))
-    place = [draw.randrange(len(old)), directory, header][seed % 3]
+    flipped = [flip(old, place, draw) for place in (anywhere, header, directory)]
     Path("run").mkdir()
-    Path("run", LAST).write_bytes(flip(old, place, draw))
+    Path("run", LAST).write_bytes([*flipped, old[:anywhere], old + draw.randbytes(9)][seed % 5])
     assert_refused_or_equal(job)
 
 
@@ -492,10 +490,10 @@ SOUND = """
 --weight-decay 0 0.1; --addends each-epoch once; --val-size 0 10; --seed 0 4294967295;
 --dataset auto mnist synthetic; --data-dir data elsewhere; --device auto cpu cuda:99;
 --precision auto fp32; --output-dir here; --name mine ünï; --resume runs/none; --eval-only;
---dry-run; --bogus; stray
+--deterministic; --dry-run; --bogus; stray
 """
-ODD = " |0|-1|2.5|1e400|nan|-inf|0x10|1_0|٣|é😀|\udcff|\a\x1b[31m|a\tb|a\nb|\r|--|-|=|%s|{0}|~"
-ODD = ["", "9" * 400, "a" * 300, *ODD.split("|")]
+ODD = "0|-1|2.5|nan|-inf|1e400|0x10|٣|é😀|\udcff|\a\x1b[31m|a\tb|a\nb|--|-|=|%s|~".split("|")
+ODD += ["", " ", "9" * 400, "a" * 300]
 PLACES = ["..", "/", "a/b", "../a", "\\"]  # not for flags that may well write there
 
 
@@ -504,7 +502,7 @@ def command_line(draw):
     line, flags = [], [flag.split() for flag in SOUND.split(";")]
     for flag, *sound in draw.choices(flags, k=draw.randint(0, 5)):
         odd = ODD if flag in ("--output-dir", "--data-dir") else ODD + PLACES
-        values = draw.choices([sound, odd, []], [6, 3, 1])[0]
+        values = draw.choices([sound, odd, []], [5, 4, 1])[0]
         line += [flag, *draw.choices(values, k=min(1, len(values)))]
     return [*line, "--dry-run", "--quiet"]
 
