@@ -195,6 +195,7 @@ def reading_figure(
         for axes, head, chance in zip(places[2:], ("digit", "sum"), chances, strict=True):
             axes.bar(range(len(chance)), 100 * chance.numpy(), **HEAD_STYLES[head])
             axes.set(xticks=range(len(chance)), ylim=(0, 100), xlabel=head, ylabel="%")
+            axes.tick_params(axis="x", labelsize=8)
             axes.spines[["top", "right"]].set_visible(False)
         places[3].set_title(title, loc="right", fontsize=11)
     return figure
