@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from handwriting import PictureError, prepare, read_picture
 from torch import nn
 
 import plots
 from cli import UsageError, exit_status, predict_parser, say, warn
 from dataset import NUM_DIGITS, SIDE
+from handwriting import PictureError, prepare, read_picture
 from learner import restore
 from rundir import as_png, find_checkpoint, load_checkpoint, write_whole
 from scores import unsmoothed

@@ -261,16 +261,15 @@ def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, monkey
     assert not Path("runs/concat-mlp/results.json").exists()
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_last_whole_epoch_and_its_pictures(process, workplace, signum, code):
+def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(process, workplace):
     job = process(*FAST, "--epochs", 1000)
     for line in job.stdout:
         if line.startswith("epoch    2/1000"):
             break
     time.sleep(0.3)
-    job.send_signal(signum)
-    out, err = job.communicate(timeout=60)
-    assert job.returncode == code, err
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
     assert re.search(r"stopped: \d+ of 1000 epochs", err) and "Traceback" not in err
     history = rows(workplace / "runs/fast")
     state = torch.load(workplace / "runs/fast/last.pt", weights_only=True)
