@@ -1,20 +1,29 @@
-"""Run a recipe with several seeds, and print what it reaches and what it costs.
+"""Run a recipe with several seeds, and print what it reaches and what it costs; ablations too.
 
     python benchmarks/seeds.py --recipe fast --seeds 10 -- --data-dir data
-    python benchmarks/seeds.py --recipe fast --seeds 3 --processes 2 -- --data-dir data
+    python benchmarks/seeds.py --recipe fast --seeds 20 --name fast-ablation \\
+        --vary label_smoothing=0 --vary optimizer=SGD lr=0.1 -- --val-size 10000
 
-Each run is `train.py` as a process of its own, with the flags after `--`; its last epoch counts, on
-the test set, each image with all ten addends. The results are written to results/NAME.json.
+Each run is a call of `train.py` with the flags after `--`. Its last epoch counts, on the test set,
+each image with all ten addends; with --val-size on the images held out instead. Each --vary is
+another row beside the recipe's, and is compared with it seed by seed. A benchmark that was stopped
+goes on where it was when it is called again. The results are written to results/NAME.json.
 """
 
 import argparse
+import csv
+import dataclasses
+import hashlib
+import io
 import json
-import os
+import math
 import platform
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -24,9 +33,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
-from dataset import NUM_DIGITS, SIDE  # noqa: E402
+import recipes  # noqa: E402
+import train  # noqa: E402
+from dataset import NUM_DIGITS, SIDE, Affine  # noqa: E402
+from recipes import RECIPES  # noqa: E402
+from rundir import LAST  # noqa: E402
 
-FIGURES = ("digit_accuracy", "sum_accuracy", "both_accuracy", "consistency")
+# How a column's value is made of the plain types of JSON, where it is none of them itself.
+KINDS = {"affine": lambda limits: limits and Affine(*limits)}
+KINDS["schedule"] = lambda name: getattr(recipes, name)
+FILES = ("results", "args")
 
 
 def multiply_adds(recipe):
@@ -37,19 +53,44 @@ def multiply_adds(recipe):
     return counter.get_total_flops() // 2
 
 
-def run_once(args, seed, folder):
-    """Train with one seed in `folder`; returns its results and its settings."""
-    launcher = [sys.executable]
-    environment = dict(os.environ)
-    if args.processes > 1:
-        threads = max(1, torch.get_num_threads() // args.processes)
-        environment["OMP_NUM_THREADS"] = str(threads)
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(args.processes)]
-    flags = ["--recipe", args.recipe, "--seed", str(seed), "--output-dir", folder, "--quiet"]
-    command = [*launcher, str(ROOT / "train.py"), *flags, *args.flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    return [json.loads(Path(folder, f"{name}.json").read_text()) for name in ("results", "args")]
+def varied(recipe, changes):
+    """A recipe's row with some columns changed, each by a text such as "lr=0.1" (JSON, or a name).
+
+    Raises:
+        ValueError, TypeError, AttributeError: there is no such column, or no such value.
+    """
+    columns = {}
+    for change in changes:
+        column, _, text = change.partition("=")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        columns[column] = KINDS.get(column, lambda value: value)(value)
+    return dataclasses.replace(recipe, **columns)
+
+
+def run_once(name, seed, folder, flags):
+    """Train the row `name` with one seed in `folder`, or take what lies there from an earlier call.
+
+    Returns its figures (fractions), its results and its settings.
+    """
+    if not (folder / "results.json").exists():
+        begun = (folder / LAST).exists()
+        place = ["--resume", str(folder)] if begun else ["--output-dir", str(folder)]
+        argv = ["--recipe", name, "--seed", str(seed), "--quiet", *place, *flags]
+        with redirect_stdout(io.StringIO()):
+            status = train.main(argv)
+        if status:
+            sys.exit(status)
+    results, settings = (json.loads((folder / f"{part}.json").read_text()) for part in FILES)
+    with open(folder / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    part = "val" if settings["recipe"]["val_size"] else "test"
+    figures = {name: float(last[f"{part}_{name}_accuracy"]) for name in ("digit", "sum", "both")}
+    if part == "test":
+        figures["consistency"] = results["test"]["consistency"]
+    return figures, results, settings
 
 
 def summary(values):
@@ -63,58 +104,107 @@ def summary(values):
     }
 
 
+def run_seeds(name, folder, args):
+    """Train the row `name` with each seed; returns its part of the table, in plain types."""
+    runs = []
+    for seed in range(args.seeds):
+        runs.append(run_once(name, seed, folder / f"seed-{seed}", args.flags))
+        figures, results, settings = runs[-1]
+        accuracies = "  ".join(f"{key} {100 * value:.3f}" for key, value in figures.items())
+        print(f"{name}  seed {seed}  {accuracies}  {results['train_seconds']:.1f} s", flush=True)
+    recipe = settings["recipe"]
+    images = recipe["epochs"] * (60_000 - recipe["val_size"])
+    each = {key: [run[0][key] for run in runs] for key in figures}
+    return {
+        **{key: results[key] for key in ("dataset", "device", "precision", "threads", "versions")},
+        "settings": recipe,
+        "parameters": results["parameters"],
+        "training_flops": 6 * multiply_adds(recipe) * images,
+        "each": each,
+        "figures": {key: summary(values) for key, values in each.items()},
+        "train_seconds": summary([run[1]["train_seconds"] for run in runs]),
+        "median_train_seconds": statistics.median(run[1]["train_seconds"] for run in runs),
+    }
+
+
+def report(name, row):
+    """Print what a row of the table reached and what it cost."""
+    cost = f"{row['parameters']:,} parameters, {row['training_flops']:.2e} FLOPs"
+    cost += f", {row['median_train_seconds']:.1f} s of training (median)"
+    print(f"{name}: {row['dataset']}, epochs: {row['settings']['epochs']}, {cost}")
+    for key, figures in row["figures"].items():
+        shown = {what: 100 * value for what, value in figures.items() if what != "n"}
+        print(f"  {key:<12} " + "  ".join(f"{what} {value:.3f}" for what, value in shown.items()))
+
+
+def compare(rows):
+    """Print the table of an ablation: each row's figures, and how they differ from the first's."""
+    names = list(rows)
+    base = rows[names[0]]
+    print("\n| change | digit | sum | both | both, compared | seconds |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in rows.items():
+        cells = [f"{100 * row['figures'][key]['mean']:.3f}" for key in ("digit", "sum", "both")]
+        pairs = zip(row["each"]["both"], base["each"]["both"], strict=True)
+        change = summary([100 * (ours - theirs) for ours, theirs in pairs])
+        error = change["sd"] / math.sqrt(change["n"])
+        compared = f"{change['mean']:+.3f} ± {error:.3f}" if row is not base else ""
+        seconds = f"{row['median_train_seconds']:.1f}"
+        print(f"| {' | '.join([name, *cells, compared, seconds])} |")
+
+
 def processor():
     """The name of this machine's processor."""
     capabilities = torch.cpu.get_capabilities()
-    return f"{capabilities.get('cpu_name', platform.machine())}, {os.cpu_count()} cores"
+    return f"{capabilities.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
 
-def main():
+def parse(argv=None):
+    """The flags, and the rows to run by their names: the recipe's, then each --vary's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--recipe", choices=RECIPES, default="default")
     parser.add_argument("--seeds", type=int, default=5, help="as many, from 0 (default: 5)")
-    parser.add_argument("--processes", type=int, default=1, help="under torchrun (default: 1)")
-    parser.add_argument("--name", help="of the file in results (default: the recipe's)")
+    parser.add_argument(
+        "--name", help="of the file in results (default: the recipe's, or RECIPE-ablation)"
+    )
+    text = "another row: columns of the recipe, changed; may be given several times"
+    parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="X=Y", help=text)
     parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
-    args = parser.parse_args()
-    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    runs = []
-    for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            results, settings = run_once(args, seed, folder)
-        runs.append(results)
-        test = results["test"]
-        accuracies = "  ".join(f"{name} {100 * test[name]:.3f}" for name in FIGURES)
-        print(f"seed {seed}  {accuracies}  {results['train_seconds']:.1f} s", flush=True)
+    args = parser.parse_args(argv)
+    rows = {args.recipe: RECIPES[args.recipe]}
+    for changes in args.vary:
+        try:
+            rows[" ".join(changes)] = varied(RECIPES[args.recipe], changes)
+        except (AttributeError, TypeError, ValueError) as error:
+            parser.error(f"--vary {' '.join(changes)}: {error}")
+    return args, rows
 
-    last = runs[-1]
-    recipe = settings["recipe"]
-    images = recipe["epochs"] * (60_000 - recipe["val_size"])
+
+def main(argv=None):
+    args, rows = parse(argv)
+    name = args.name or args.recipe + ("-ablation" if args.vary else "")
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    kept = ROOT / "runs" / "benchmarks" / commit
+    if commit.endswith("-dirty"):  # what lies there may be the work of other code
+        shutil.rmtree(kept, ignore_errors=True)
     table = {
-        "recipe": args.recipe,
-        "command": " ".join(["python", "benchmarks/seeds.py", *sys.argv[1:]]),
-        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "command": shlex.join(["python", "benchmarks/seeds.py", *(argv or sys.argv[1:])]),
+        "commit": commit,
         "machine": processor(),
-        **{name: last[name] for name in ("dataset", "device", "precision", "threads")},
-        "processes": args.processes,
-        "versions": last["versions"],
-        "epochs": recipe["epochs"],
-        "parameters": last["parameters"],
-        "training_flops": 6 * multiply_adds(recipe) * images,
-        "figures": {name: summary([run["test"][name] for run in runs]) for name in FIGURES},
-        "train_seconds": summary([run["train_seconds"] for run in runs]),
-        "total_seconds": summary([run["total_seconds"] for run in runs]),
+        "rows": {},
     }
-    print(f"{args.recipe}: {table['epochs']} epochs, {table['parameters']:,} parameters, ", end="")
-    print(f"{table['training_flops']:.2e} FLOPs, {table['machine']}, {table['precision']}")
-    for name in FIGURES:
-        row = {key: 100 * value for key, value in table["figures"][name].items() if key != "n"}
-        print(f"{name:<15} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    print(f"seconds of training: median {statistics.median(r['train_seconds'] for r in runs):.1f}")
-    path = ROOT / "results" / f"{args.name or args.recipe}.json"
-    path.parent.mkdir(exist_ok=True)
+    RECIPES.update(rows)
+    for row, recipe in rows.items():
+        key = json.dumps([recipe.as_plain(), args.flags])
+        folder = kept / hashlib.sha256(key.encode()).hexdigest()[:12]
+        table["rows"][row] = run_seeds(row, folder, args)
+        report(row, table["rows"][row])
+    if args.vary:
+        compare(table["rows"])
+    path = ROOT / "results" / f"{name}.json"
     path.write_text(json.dumps(table, indent=2) + "\n")
     print(f"written  {path.relative_to(ROOT)}")
 
