@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 
 import torch
 
@@ -87,7 +88,13 @@ folder = matching(r"[^\0]+", "a folder")
 
 def train_parser(manual):
     """The parser of train.py. Flags of the recipe have no default here: it is the recipe's."""
-    rows = [f"  {name:<12} {recipe.about}" for name, recipe in RECIPES.items()]
+    width = max(map(len, RECIPES))
+    rows = [
+        textwrap.fill(
+            f"  {name:<{width}}  {recipe.about}", 100, subsequent_indent=" " * (width + 4)
+        )
+        for name, recipe in RECIPES.items()
+    ]
     parser = Parser(prog="train.py", description=manual, epilog="\n".join(["recipes:", *rows]))
     count = number(int, 1, 100_000)
     device = matching(r"auto|cpu|cuda(:\d{1,2})?|mps", "auto, cpu, cuda, cuda:N or mps")

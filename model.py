@@ -4,6 +4,8 @@ Encoders and joins are two tables of names. Any encoder goes with any join: an e
 features (B, F), a join takes F and gives both predictions.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,8 +28,8 @@ class Network(nn.Module):
     def join(self, features, addend):
         """Features (B, F) and one-hot addend (B, 10) to log-probabilities (B, 10) and (B, 19).
 
-        In float32 also under autocast: it is a hundredth of the work, and bf16's eight bits would
-        make ties of close decisions.
+        In float32 also under autocast: it is little of the work, and bf16's eight bits would make
+        ties of close decisions.
         """
         with torch.autocast(features.device.type, enabled=False):
             digit_logits, sum_logits = self.heads(features.float(), addend)
@@ -108,29 +110,72 @@ def small():
     )
 
 
+def conv_relu(*channels, kernel=3, padding=0):
+    """A list of layers: from each number of channels to the next a convolution and a ReLU."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(channels):
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=padding), nn.ReLU(inplace=True)]
+    return layers
+
+
 def seven_conv():
-    """S1's: seven 3x3 convolutions that end in the ten digit logits themselves."""
+    """Of concat-mlp: seven 3x3 convolutions that end in the ten digit logits themselves."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(inplace=True),
+        *conv_relu(1, 32, 64, padding=1),
         nn.MaxPool2d(2),  # (B, 64, 14, 14)
-        nn.Conv2d(64, 128, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(128, 256, 3, padding=1),
-        nn.ReLU(inplace=True),
+        *conv_relu(64, 128, 256, padding=1),
         nn.MaxPool2d(2),  # (B, 256, 7, 7)
-        nn.Conv2d(256, 512, 3),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(512, 1024, 3),
-        nn.ReLU(inplace=True),
+        *conv_relu(256, 512, 1024),  # (B, 1024, 3, 3)
         nn.Conv2d(1024, NUM_DIGITS, 3),  # (B, 10, 1, 1)
         nn.Flatten(),
     )
 
 
-ENCODERS = {"compact": compact, "small": small, "seven-conv": seven_conv}
+def six_conv():
+    """Of concat-linear: six 3x3 convolutions and two layers, that end in the digit logits."""
+    return nn.Sequential(
+        *conv_relu(1, 32, 64, padding=1),
+        nn.MaxPool2d(2),  # (B, 64, 14, 14)
+        *conv_relu(64, 128, 256, padding=1),
+        nn.MaxPool2d(2),  # (B, 256, 7, 7)
+        *conv_relu(256, 256, 512),  # (B, 512, 3, 3)
+        nn.Flatten(),
+        nn.Linear(4608, 1024),
+        nn.ReLU(inplace=True),
+        nn.Linear(1024, NUM_DIGITS),
+    )
+
+
+def two_conv():
+    """Of shared-trunk: two small 5x5 convolutions, and what they leave of the image."""
+    return nn.Sequential(
+        *conv_relu(1, 6, kernel=5),
+        nn.MaxPool2d(2),  # (B, 6, 12, 12)
+        *conv_relu(6, 12, kernel=5),
+        nn.MaxPool2d(2),  # (B, 12, 4, 4)
+        nn.Flatten(),  # (B, 192)
+    )
+
+
+def two_conv_fc():
+    """Of added: the two convolutions of shared-trunk, and two layers down to 60 features."""
+    return nn.Sequential(
+        *two_conv(),
+        nn.Linear(192, 120),
+        nn.ReLU(inplace=True),
+        nn.Linear(120, 60),
+        nn.ReLU(inplace=True),  # (B, 60)
+    )
+
+
+ENCODERS = {
+    "compact": compact,
+    "small": small,
+    "seven-conv": seven_conv,
+    "six-conv": six_conv,
+    "two-conv": two_conv,
+    "two-conv-fc": two_conv_fc,
+}
 
 
 # Joins
@@ -161,7 +206,7 @@ class Outer(nn.Module):
 
 
 class ConcatMLP(nn.Module):
-    """S1's: digit logits and one-hot addend side by side -> FC 128 -> ReLU -> FC 19."""
+    """Digit logits and one-hot addend side by side -> FC 128 -> ReLU -> FC 19."""
 
     def __init__(self, num_features):
         super().__init__()
@@ -175,4 +220,63 @@ class ConcatMLP(nn.Module):
         return digit_logits, self.sum(hidden)
 
 
-JOINS = {"outer": Outer, "concat-mlp": ConcatMLP}
+class ConcatLinear(nn.Module):
+    """Digit logits and one-hot addend side by side -> FC 19, with nothing between."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = digit_layer(num_features)
+        self.sum = nn.Linear(NUM_DIGITS + NUM_DIGITS, NUM_SUMS)
+
+    def forward(self, features, addend):
+        digit_logits = self.digit(features)  # (B, 10)
+        return digit_logits, self.sum(torch.cat([digit_logits, addend], dim=1))
+
+
+class SharedTrunk(nn.Module):
+    """An embedded addend beside the features -> FC 120 -> 60 -> 45 -> both heads.
+
+    The digit's head sees the addend too, so here one image has a digit prediction for each addend.
+    """
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.embedding = nn.Linear(NUM_DIGITS, 30)
+        self.trunk = nn.Sequential(
+            nn.Linear(num_features + 30, 120),
+            nn.ReLU(inplace=True),
+            nn.Linear(120, 60),
+            nn.ReLU(inplace=True),
+            nn.Linear(60, 45),
+            nn.ReLU(inplace=True),
+        )
+        self.digit = nn.Linear(45, NUM_DIGITS)
+        self.sum = nn.Linear(45, NUM_SUMS)
+
+    def forward(self, features, addend):
+        embedded = F.relu(self.embedding(addend))  # (B, 30)
+        shared = self.trunk(torch.cat([features, embedded], dim=1))  # (B, 45)
+        return self.digit(shared), self.sum(shared)
+
+
+class Added(nn.Module):
+    """The addend, embedded in as many features as the image has, added to these -> FC 19."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = digit_layer(num_features)
+        self.embedding = nn.Linear(NUM_DIGITS, num_features)
+        self.sum = nn.Linear(num_features, NUM_SUMS)
+
+    def forward(self, features, addend):
+        embedded = F.relu(self.embedding(addend))  # (B, F)
+        return self.digit(features), self.sum(features + embedded)
+
+
+JOINS = {
+    "outer": Outer,
+    "concat-mlp": ConcatMLP,
+    "concat-linear": ConcatLinear,
+    "shared-trunk": SharedTrunk,
+    "added": Added,
+}

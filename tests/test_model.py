@@ -77,12 +77,36 @@ def test_untrained_losses_are_those_of_chance(name):
     assert F.nll_loss(total, torch.arange(200) % 19).item() == pytest.approx(math.log(19), rel=0.25)
 
 
-def test_the_published_system_has_its_published_size():
-    # 3x3 convolutions, inputs x outputs x 9 + outputs:
-    #   1-32 320, 32-64 18,496, 64-128 73,856, 128-256 295,168, 256-512 1,180,160,
-    #   512-1024 4,719,616, 1024-10 92,170; FC 20-128 2,688 and 128-19 2,451
-    recipe = RECIPES["concat-mlp"]
-    assert model.count_parameters(build(recipe.encoder, recipe.join)) == 6_384_925
+# Parameters of the published systems by hand: a convolution has inputs x outputs x kernel size
+# + outputs of them, an FC layer inputs x outputs + outputs.
+SIZES = {
+    # 3x3: 1-32 320, 32-64 18,496, 64-128 73,856, 128-256 295,168, 256-512 1,180,160,
+    # 512-1024 4,719,616, 1024-10 92,170; FC: 20-128 2,688, 128-19 2,451
+    "concat-mlp": 6_384_925,
+    # 5x5: 1-6 156, 6-12 1,812; FC: number 10-30 330, 192+30-120 26,760, 120-60 7,260,
+    # 60-45 2,745, 45-10 460, 45-19 874
+    "shared-trunk": 40_397,
+    "shared-trunk-slow": 40_397,
+    # 3x3: 1-32 320, 32-64 18,496, 64-128 73,856, 128-256 295,168, 256-256 590,080,
+    # 256-512 1,180,160; FC: 512x3x3-1024 4,719,616, 1024-10 10,250, 20-19 399
+    "concat-linear": 6_888_345,
+    # 5x5: 1-6 156, 6-12 1,812; FC: 192-120 23,160, 120-60 7,260, 60-10 610, number 10-60 660,
+    # 60-19 1,159
+    "added": 34_817,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_published_systems_have_their_sizes(name):
+    recipe = RECIPES[name]
+    assert model.count_parameters(build(recipe.encoder, recipe.join)) == SIZES[name]
+
+
+def test_the_digit_hangs_on_the_addend_in_the_shared_trunk_alone():
+    image, _ = batch(1)
+    for join in model.JOINS:
+        digit, _ = build("two-conv", join).eval()(image.expand(10, -1, -1, -1), torch.eye(10))
+        assert torch.equal(digit, digit[:1].expand(10, -1)) == (join != "shared-trunk")
 
 
 @pytest.mark.parametrize("name", ["default", "fast"])

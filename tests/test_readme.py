@@ -6,6 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import model
 import train
 from cli import train_parser
 from recipes import RECIPES
@@ -50,9 +51,12 @@ def test_its_flag_table_is_what_help_says():
     assert flag_table() == told
 
 
-def test_its_recipe_table_names_every_recipe():
+def test_its_recipe_table_has_every_recipe_and_its_size():
     section = README.split("## Recipes")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `([\w-]+)` ", section, re.MULTILINE) == list(RECIPES)
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) ", section, re.MULTILINE)
+    networks = {name: model.build(row.encoder, row.join) for name, row in RECIPES.items()}
+    sizes = {name: f"{model.count_parameters(network):,}" for name, network in networks.items()}
+    assert rows == list(sizes.items())
 
 
 def test_files_and_modules_that_it_names_exist():

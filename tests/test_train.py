@@ -100,7 +100,7 @@ def test_a_checkpoint_holds_plain_types_and_tensors(job):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_and_repeats_to_the_bit(job, name):
-    flags = ["--recipe", name, "--dry-run", "--batch-size", 20, "--quiet"]
+    flags = ["--recipe", name, "--dry-run", "--batch-size", 20, "--val-size", 20, "--quiet"]
     for folder in ("one", "two"):
         status, _, err = job(*flags, "--output-dir", folder)
         assert (status, err) == (0, "")
