@@ -28,11 +28,12 @@ WIDTH, DPI = 10.0, 150  # inches, pixels an inch: every picture is 1,500 pixels 
 COLUMNS = 6  # of the pictures made of cells
 
 RIGHT_COLOUR, WRONG_COLOUR, NOTE_COLOUR = "#009E73", "#CC79A7", "#F0E442"
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "published": "published"}
 SPLIT_STYLES = {
     "train": {"linestyle": "-", "linewidth": 1.0, "marker": ".", "markersize": 6, "alpha": 0.7},
     "val": {"linestyle": ":", "linewidth": 1.5, "marker": "s", "markerfacecolor": "white"},
     "test": {"linestyle": "-", "linewidth": 2.0, "marker": "o"},
+    "published": {"linestyle": "--", "linewidth": 1.0, "markerfacecolor": "white"},
 }
 # "Both right" nearly coincides with "sum right", so it is thin and drawn on top.
 HEAD_STYLES = {
@@ -87,6 +88,30 @@ def accuracy_figure(history: Sequence[dict], title: str) -> Figure:
     _accuracy_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
+    _finish(axes, "after the last epoch")
+    return figure
+
+
+def comparison_figure(
+    history: Sequence[dict], published: dict[str, Sequence[float]], title: str
+) -> Figure:
+    """Test accuracies of a run, solid, over the published ones of the same network, dashed.
+
+    history: as for `accuracy_figure`; published: head -> per cent after each epoch from the first.
+    The heads differ in their markers too, for black print.
+    """
+    figure = _figure(title, height=5.4)
+    axes = figure.add_subplot(xlabel="epochs of training")
+    axes.set_ylabel("accuracy, % (log scale of the error)")
+    epochs = [row["epoch"] for row in history]
+    for head, marker in (("digit", "o"), ("sum", "s")):
+        theirs = published[head]
+        numbers = range(1, len(theirs) + 1)
+        _draw(axes, "published", head, numbers, theirs, _percent, marker=marker)
+        ours = [100 * row[f"test_{head}_accuracy"] for row in history]
+        _draw(axes, "test", head, epochs, ours, _percent, marker=marker)
+    _accuracy_scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _finish(axes, "after the last epoch")
     return figure
 
