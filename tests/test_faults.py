@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import math
 import multiprocessing.forkserver
 import os
 import pickle
@@ -341,6 +342,7 @@ SOME_CASES = [CASES[1], CASES[6], CASES[8]]
 
 @pytest.mark.parametrize("recipe, averaging, val_size", CASES if ALL else SOME_CASES)
 def test_a_stop_within_and_after_each_epoch(few, monkeypatch, recipe, averaging, val_size):
+    monkeypatch.setattr(train, "REDRAW_SECONDS", math.inf)  # or a slow run alone has a loss.png
     monkeypatch.setitem(RECIPES, recipe, dataclasses.replace(RECIPES[recipe], averaging=averaging))
     flags = ["--recipe", recipe, "--epochs", EPOCHS, "--val-size", val_size]
     looks = stop_at(monkeypatch, None)
