@@ -1,20 +1,22 @@
 """A small data folder in MNIST's format, made of the stand-in's digits, and ways to run the job."""
 
 import hashlib
-import os
 import struct
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mnist  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
+from recipes import RECIPES  # noqa: E402
 
 TRAIN_IMAGES, TEST_IMAGES = 600, 200
 
@@ -101,26 +103,22 @@ def drawing_job(workplace, capsys):
     return run
 
 
+def tiny():
+    """An encoder without batch normalisation, and with few parameters."""
+    return nn.Sequential(nn.Conv2d(1, 8, 5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
+TINY = replace(RECIPES["concat-mlp"], encoder="tiny", drop_last=False)
+
+
+def add_tiny_recipe():
+    """Let there be the recipe "tiny", of that encoder, trained as a published system was."""
+    model.ENCODERS["tiny"], RECIPES["tiny"] = tiny, TINY
+
+
 @pytest.fixture
-def process(workplace, digests):
-    """The real job as a process of its own, started: process(flag, ...) -> Popen."""
-    code = (
-        "import sys, torch, mnist, train\n"
-        f"mnist.SHA256 = {digests!r}\n"
-        "mnist.MNIST.mirrors = ['http://127.0.0.1:9/']\n"
-        "torch.set_num_threads(1)\n"
-        "sys.exit(train.main())\n"
-    )
-    started = []
-
-    def start(*flags):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-c", code, *map(str, flags)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        started.append(subprocess.Popen(command, cwd=workplace, env=environment, **pipes))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
-        one.communicate()
+def tiny_recipe():
+    """The recipe "tiny", for a test."""
+    add_tiny_recipe()
+    yield
+    del model.ENCODERS["tiny"], RECIPES["tiny"]

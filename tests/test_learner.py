@@ -15,11 +15,12 @@ from learner import Learner, evaluate, restore, smoothed, train_epoch
 from recipes import Recipe, constant
 from rundir import RunError
 
+pytestmark = pytest.mark.usefixtures("tiny_recipe")
 BAR = SimpleNamespace(update=lambda: None, disable=True)
 ENGINE = Engine(torch.device("cpu"))
 PLAIN = Recipe(
     about="",
-    encoder="seven-conv",
+    encoder="tiny",
     join="concat-mlp",
     epochs=1,
     batch_size=4,

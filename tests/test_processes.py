@@ -1,15 +1,16 @@
-"""Several processes under torchrun are the same run as one, and end together."""
+"""Several processes are the same run as one, under torchrun too, and end together."""
 
+import functools
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 
+import conftest
 import pytest
 import torch
-from conftest import ROOT, digests_of, files_of, write_files
+from jobs import Job
 from test_train import rows
 
 import mnist
@@ -17,55 +18,23 @@ import train
 
 # A last batch of one image is left when 12 are taken at a time: the second process gets none of it.
 IMAGES = {"train": 25, "test": 11}
-FLAGS = "--recipe concat-mlp --batch-size 12 --precision fp32 --quiet".split()
+FLAGS = "--recipe tiny --batch-size 12 --precision fp32 --device cpu --quiet".split()
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with its own small MNIST, in which every process finds the same recipe."""
-    files = files_of(IMAGES)
-    write_files(tmp_path / "data", files)
+def place(tmp_path, monkeypatch, tiny_recipe):
+    """The current folder, with its own small MNIST."""
+    files = conftest.files_of(IMAGES)
+    conftest.write_files(tmp_path / "data", files)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mnist, "SHA256", digests_of(files))
-    whole = "dataclasses.replace(cli.RECIPES['concat-mlp'], drop_last=False)"
-    (tmp_path / "job.py").write_text(
-        "import dataclasses, os, sys, torch, cli, mnist, train\n"
-        f"mnist.SHA256 = {digests_of(files)!r}\n"
-        f"cli.RECIPES['concat-mlp'] = {whole}\n"
-        "train.Run.draw = lambda run: []\n"
-        "torch.set_num_threads(1)\n"
-        "open('pid' + os.environ.get('RANK', ''), 'w').write(str(os.getpid()))\n"
-        "sys.exit(train.main())\n"
-    )
+    monkeypatch.setattr(mnist, "SHA256", conftest.digests_of(files))
+    monkeypatch.setattr(train.Run, "draw", lambda run: [])
     return tmp_path
 
 
-@pytest.fixture
-def start(place):
-    """start(processes, flag, ...) -> Popen of the job, by torchrun unless it is one process."""
-    started = []
-
-    def run(processes, *flags):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command = [sys.executable, *launcher, str(processes)] if processes > 1 else [sys.executable]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command += ["job.py", *FLAGS, *flags]
-        started.append(subprocess.Popen(command, cwd=place, env=environment, **pipes))
-        return started[-1]
-
-    yield run
-    for one in started:
-        one.kill()
-        one.communicate()
-
-
-def wait_for(path, seconds=60):
-    """Wait till a file is there; the time that this may take is bounded."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.05)
+def alone(*flags):
+    """The job in this process: its exit status."""
+    return train.main([*FLAGS, *flags])
 
 
 def close(one, two):
@@ -81,35 +50,59 @@ def close(one, two):
         torch.testing.assert_close(weights, two[name], atol=1e-5, rtol=1e-3)
 
 
-def test_two_processes_are_the_same_run_as_one_and_either_takes_up_the_other(start):
-    two = start(2, "--epochs", "2", "--output-dir", "two")
-    out, err = two.communicate(timeout=120)
-    assert two.returncode == 0, err
-    assert out.count("result") == 1 and "both" in out  # the first process alone prints
-    one = start(1, "--epochs", "3", "--output-dir", "one")
-    assert one.wait(timeout=120) == 0
-    more = start(1, "--resume", "two", "--epochs", "3")
-    assert more.wait(timeout=120) == 0
+def test_two_processes_are_the_same_run_as_one_and_either_takes_up_the_other(place):
+    (place / "job.py").write_text(
+        "import sys, torch, conftest, mnist, train\n"
+        f"mnist.SHA256 = {mnist.SHA256!r}\n"
+        "conftest.add_tiny_recipe()\n"
+        "train.Run.draw = lambda run: []\n"
+        "torch.set_num_threads(1)\n"
+        "sys.exit(train.main())\n"
+    )
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 job.py".split()
+    command = [sys.executable, *torchrun, *FLAGS, "--epochs", "2", "--output-dir", "two"]
+    path = f"{conftest.ROOT}{os.pathsep}{conftest.ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path}
+    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("result") == 1 and "both" in two.stdout  # the first alone prints
+    assert alone("--epochs", "3", "--output-dir", "one") == 0
+    assert alone("--resume", "two", "--epochs", "3") == 0
     close("one", "two")
 
 
+def take_part(rank, port):
+    """What makes a job one of two processes, as torchrun tells it."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meet |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ.update({name: str(value) for name, value in {**place, **meet}.items()})
+    conftest.add_tiny_recipe()
+
+
 @pytest.mark.parametrize("fault", ["a process dies", "a signal"])
-def test_processes_end_together_and_keep_the_last_whole_epoch(start, place, fault):
-    job = start(2, "--epochs", "10000", "--output-dir", "run")
-    wait_for(place / "run" / "last.pt")
-    if fault == "a signal":
-        job.send_signal(signal.SIGINT)
-    else:
-        os.kill(int((place / "pid1").read_text()), signal.SIGKILL)
-    _, err = job.communicate(timeout=60)
-    assert job.returncode != 0
-    assert re.search("^(stopped|error): ", err, re.MULTILINE), err  # whichever it sees first
+def test_processes_end_together_and_keep_the_last_whole_epoch(place, fault):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    flags = [*FLAGS[:-1], "--epochs", "10000", "--output-dir", "run"]
+    first, second = (
+        Job(*flags, prepare=functools.partial(take_part, rank, store.port)) for rank in range(2)
+    )
+    first.wait_for("\nepoch")
     if fault == "a process dies":
-        assert "SIGKILL" in err  # torchrun's own report
+        second.signal(signal.SIGKILL)
+    else:  # torchrun passes a Ctrl-C on as this
+        for job in (first, second):
+            job.signal(signal.SIGTERM)
+    status, _, err = first.end()
+    assert second.end()[0] != 0
+    # After a signal, the first may see the second go before it looks for the signal.
+    left = "^error: another process of this run has ended; "
+    stopped = "^stopped: " if fault == "a signal" else left
+    assert status in (1, 143) and re.search(f"{stopped}|{left}", err, re.MULTILINE), err
+    assert "Traceback" not in err
     done = len(torch.load("run/last.pt", weights_only=True)["history"])
     assert done >= 1
-    more = start(1, "--resume", "run", "--epochs", str(done + 1))
-    assert more.wait(timeout=120) == 0
+    assert alone("--resume", "run", "--epochs", str(done + 1)) == 0
     assert len(rows("run")) == done + 1
 
 

@@ -10,16 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN_IMAGES
+from conftest import ROOT, TINY, TRAIN_IMAGES
+from jobs import Job
 from PIL import Image
 
 import mnist
+import plots
 import train
 from recipes import RECIPES
+from rundir import RunDir
 
 FAST = ["--recipe", "fast", "--batch-size", 100]
 PICTURES = ["loss", "accuracy", "confusion_matrix", "predictions", "mistakes"]
@@ -99,8 +103,9 @@ def test_a_checkpoint_holds_plain_types_and_tensors(job):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs_and_repeats_to_the_bit(job, name):
-    flags = ["--recipe", name, "--dry-run", "--batch-size", 20, "--val-size", 20, "--quiet"]
+def test_every_recipe_runs_and_repeats_to_the_bit(job, monkeypatch, name):
+    monkeypatch.setattr(train, "DRY_IMAGES", 10)
+    flags = ["--recipe", name, "--dry-run", "--batch-size", 4, "--val-size", 20, "--quiet"]
     for folder in ("one", "two"):
         status, _, err = job(*flags, "--output-dir", folder)
         assert (status, err) == (0, "")
@@ -159,10 +164,11 @@ def test_synthetic_digits_are_marked_wherever_they_show(drawing_job, monkeypatch
     small = mnist.stand_in
     monkeypatch.setattr(mnist, "stand_in", lambda part, count: small(part, count // 100))
     titles = []
-    figure = train.plots._figure
+    figure = plots._figure
     monkeypatch.setattr(
-        train.plots, "_figure", lambda title, **size: titles.append(title) or figure(title, **size)
+        plots, "_figure", lambda title, **size: titles.append(title) or figure(title, **size)
     )
+    monkeypatch.setattr(RunDir, "save_figure", lambda self, name, figure: name)  # takes long
     status, out, err = drawing_job(*FAST, "--dry-run", "--data-dir", "nowhere")
     assert status == 0 and "NOT MNIST" in err
     assert "NOT MNIST" in out.split("result")[1]
@@ -225,8 +231,8 @@ def test_a_refused_number_comes_with_its_legal_range(job):
     assert "from 1 to 100000" in job("--epochs", "0")[2]
 
 
-def test_a_batch_of_one_is_fine_without_batch_norm(job):
-    assert job("--recipe", "concat-mlp", "--dry-run", "--batch-size", 1)[0] == 0
+def test_a_batch_of_one_is_fine_without_batch_norm(job, tiny_recipe):
+    assert job("--recipe", "tiny", "--dry-run", "--batch-size", 1)[0] == 0
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "file"])
@@ -243,33 +249,30 @@ def test_a_damaged_file_is_one_line(job, data_dir):
     assert (status, out) == (1, "") and one_line(err) and path.name in err
 
 
-def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, monkeypatch):
+def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, tiny_recipe, monkeypatch):
     def breaks(step, total_steps):
         return 1e38 if step > 7 else 1.0
 
-    broken = dataclasses.replace(RECIPES["concat-mlp"], schedule=breaks)
-    monkeypatch.setitem(RECIPES, "concat-mlp", broken)
+    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, schedule=breaks))
     few = torch.arange(120)
     monkeypatch.setattr(train, "split_off", lambda count, val_size, seed: (few, few[:0]))
-    status, out, err = job("--recipe", "concat-mlp", "--batch-size", 20, "--epochs", 3)
+    status, out, err = job("--recipe", "tiny", "--batch-size", 20, "--epochs", 3)
     assert status == 1 and one_line(err)
     assert re.search(r"NaN or infinite at step [34] of 6 in epoch 2", err)
-    assert [row["epoch"] for row in rows("runs/concat-mlp")] == ["1"]
-    state = torch.load("runs/concat-mlp/last.pt", weights_only=True)
+    assert [row["epoch"] for row in rows("runs/tiny")] == ["1"]
+    state = torch.load("runs/tiny/last.pt", weights_only=True)
     assert len(state["history"]) == 1
     assert all(value.isfinite().all() for value in state["network"].values())
-    assert not Path("runs/concat-mlp/results.json").exists()
+    assert not Path("runs/tiny/results.json").exists()
 
 
-def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(process, workplace):
-    job = process(*FAST, "--epochs", 1000)
-    for line in job.stdout:
-        if line.startswith("epoch    2/1000"):
-            break
-    time.sleep(0.3)
-    job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=60)
-    assert job.returncode == 130, err
+def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(workplace):
+    job = Job(*FAST, "--epochs", 1000, draw=train.Run.draw)
+    job.wait_for("epoch    2/1000")
+    time.sleep(0.1)
+    job.signal(signal.SIGINT)
+    status, _, err = job.end()
+    assert status == 130, err
     assert re.search(r"stopped: \d+ of 1000 epochs", err) and "Traceback" not in err
     history = rows(workplace / "runs/fast")
     state = torch.load(workplace / "runs/fast/last.pt", weights_only=True)
@@ -280,22 +283,23 @@ def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(process, workplace):
     assert "\r" not in err  # no bar where there is no terminal
 
 
-def test_a_bar_on_a_terminal_goes_when_it_is_done(workplace, digests):
+def show_on(terminal):
+    """Let stderr be a terminal."""
+    os.dup2(os.open(terminal, os.O_RDWR), 2)
+
+
+def test_a_bar_on_a_terminal_goes_when_it_is_done(workplace):
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    code = f"import sys, mnist, train; mnist.SHA256 = {digests!r}; sys.exit(train.main())"
-    command = [sys.executable, "-c", code, *map(str, FAST), "--epochs", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=theirs, check=True
-    )
-    os.close(theirs)
+    job = Job(*FAST, "--epochs", 2, prepare=partial(show_on, os.ttyname(theirs)))
+    status, out, _ = job.end()
     os.set_blocking(ours, False)
     shown = os.read(ours, 100_000)
     os.close(ours)
+    os.close(theirs)
+    assert status == 0 and out.count("\nepoch") == 2
     assert b"epoch 1/2" in shown and shown.endswith(b"\r") and b"\n" not in shown
-    assert done.stdout.count(b"\nepoch") == 2
 
 
 def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path):
@@ -315,6 +319,7 @@ def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path):
 @pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR names no folder with MNIST")
 def test_fast_reaches_its_figures_on_mnist(monkeypatch, tmp_path, capsys):
     monkeypatch.undo()  # MNIST's own digests
+    monkeypatch.setattr(train.Run, "draw", lambda self: [])
     folder = tmp_path / "run"
     data = os.environ["MNIST_DIR"]
     flags = ["--recipe", "fast", "--dataset", "mnist", "--data-dir", data, "-q"]
