@@ -10,8 +10,7 @@ import textwrap
 
 import torch
 
-from dataset import NUM_DIGITS
-from mnist import DataError
+from dataset import NUM_DIGITS, DataError
 from recipes import RECIPES, Recipe
 from rundir import LAST, RunError, find_checkpoint, load_checkpoint
 from scores import TrainingError

@@ -17,6 +17,12 @@ NUM_DIGITS = 10
 NUM_SUMS = 19
 SIDE = 28  # pixels
 MEAN, STD = 0.1307, 0.3081  # of the training set's pixels, scaled to 0..1
+# Test images whose labels people found wrong: they show another digit, or one can't agree which.
+DOUBTED = {947, 1621, 1901, 2462, 2597, 3558, 5937, 6651, 6783, 9729, 2130, 2654, 3520, 8527, 9679}
+
+
+class DataError(Exception):
+    """The data can't be used; the message says what is wrong and what to do."""
 
 
 class Affine(NamedTuple):

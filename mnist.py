@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dataset import NUM_DIGITS, SIDE, Affine, DataError, affine_matrices, generator, warp
+from locks import folder_lock
+
 try:
     from torchvision.datasets import MNIST, VisionDataset
 except (ImportError, RuntimeError) as error:  # a torchvision built for another torch
-    raise SystemExit(
-        f"error: torchvision can't be used with torch {torch.__version__} ({error}); "
+    raise DataError(
+        f"torchvision can't be used with torch {torch.__version__} ({error}); "
         "install both again from one index: pip install --force-reinstall torch torchvision"
     ) from error
-
-from dataset import NUM_DIGITS, SIDE, Affine, affine_matrices, generator, warp
-from locks import folder_lock
 
 # The four files of MNIST, unpacked. They are all that is read in a data folder's MNIST/raw.
 SHA256 = {
@@ -33,14 +33,8 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-# Test images whose labels people found wrong: they show another digit, or one can't agree which.
-DOUBTED = {947, 1621, 1901, 2462, 2597, 3558, 5937, 6651, 6783, 9729, 2130, 2654, 3520, 8527, 9679}
 CONNECTION_TIMEOUT = 10  # seconds without an answer
 DOWNLOAD_TIMEOUT = 300  # seconds for all four files
-
-
-class DataError(Exception):
-    """The data can't be used; the message says what is wrong and what to do."""
 
 
 class Absent(DataError):

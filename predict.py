@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import plots
 from cli import UsageError, exit_status, predict_parser, say, warn
 from dataset import NUM_DIGITS, SIDE
 from handwriting import PictureError, prepare, read_picture
@@ -194,6 +193,8 @@ def run(argv):
             as_record(*row, args.add) for row in zip(files, prepared, digits, sums, strict=True)
         ]
         if args.save_picture:
+            import plots
+
             seen = [one.pixels for one in prepared]
             lines = [as_line(record) for record in records]
             figure = plots.reading_figure(pictures, seen, digits, sums, lines)

@@ -19,9 +19,7 @@ from importlib.metadata import version
 import torch
 from tqdm import tqdm
 
-import mnist
 import model
-import plots
 from cli import (
     UsageError,
     announce_changes,
@@ -32,7 +30,7 @@ from cli import (
     say,
     warn,
 )
-from dataset import MNISTSum, split_off
+from dataset import DOUBTED, MNISTSum, split_off
 from device import Stopped, pick_engine, stop_on_signals
 from learner import Learner, evaluate, train_epoch
 from rundir import BEST, LAST, RUNS, RunDir, RunError, load_checkpoint
@@ -120,6 +118,8 @@ class Run:
             self.tell(epoch_line(self.history[-1], epochs))
             due = time.perf_counter() - drawn > REDRAW_SECONDS and epoch < epochs
             if due and self.rundir.writable:
+                import plots
+
                 figure = plots.loss_figure(self.curve, self.history, self.title())
                 self.rundir.save_figure("loss.png", figure)
                 drawn = time.perf_counter()
@@ -173,6 +173,8 @@ class Run:
 
     def draw(self):
         """Draw the pictures, and return their paths."""
+        import plots
+
         predictions, title = self.predictions, self.title()
         test_set = self.held_out["test"]
         images = test_set.images.cpu()
@@ -181,7 +183,7 @@ class Run:
         digits, sums = (part[shown, addends] for part in predictions.predicted())
         some = images[shown], predictions.digits[shown], addends, digits, sums
         wrong, guesses, confidences = predictions.worst(MISTAKES)
-        doubted = mnist.DOUBTED if self.facts["dataset"] == "mnist" else {}
+        doubted = DOUBTED if self.facts["dataset"] == "mnist" else {}
         notes = ["label doubted" if index in doubted else "" for index in wrong.tolist()]
         worst = images[wrong], predictions.digits[wrong], guesses, confidences, wrong, notes
         figures = {
@@ -201,11 +203,6 @@ class Run:
         }
         test = {"test": self.predictions.score()}
         self.rundir.save_json("results.json", self.facts | test | seconds)
-
-
-def run_name(args):
-    """The name of a run's folder."""
-    return f"{args.name or args.recipe}{'-dry-run' if args.dry_run else ''}"
 
 
 def describe(args, recipe, engine, source, network):
@@ -268,6 +265,8 @@ def run(argv):
 
 def carry_out(args, engine, path, state, command, started):
     """A run in the order of events: data, network, folder, epochs, pictures, result."""
+    import mnist  # here, as torchvision takes seconds, which a wrong flag need not wait for
+
     recipe = resolve_recipe(args)
     source = mnist.load(args.dataset, args.data_dir, warn)
     args.dataset = source.name  # a run that is resumed is never given the other
@@ -288,7 +287,8 @@ def carry_out(args, engine, path, state, command, started):
     if state or engine.rank:
         rundir = RunDir(path.parent if state else RUNS, writable=engine.rank == 0)
     else:
-        rundir = RunDir.create(run_name(args), args.output_dir)
+        name = f"{args.name or args.recipe}{'-dry-run' if args.dry_run else ''}"
+        rundir = RunDir.create(name, args.output_dir)
     tell = (lambda line: None) if args.quiet else say
     for line in headlines(facts, engine, recipe, learner.network, train_set, held_out, rundir):
         tell(line)
@@ -318,8 +318,8 @@ def carry_out(args, engine, path, state, command, started):
             line = result_line("test", run.predictions.score())
             say(f"{line}; {seconds:.1f} s of training")
             say_note(facts)
-    for path in pictures:
-        say(f"picture  {path}")
+    for picture in pictures:
+        say(f"picture  {picture}")
     if stop.signum is not None and run.history:
         say(f"resume   python train.py --resume {rundir.path}")
     say(f"run      {rundir.path}")
