@@ -214,7 +214,7 @@ def announce_changes(before, now):
     Raises:
         UsageError: a change after which it would be another network, or other data.
     """
-    done = len(before["history"])
+    notes, done = [], len(before["history"])
     before, now = (kept["flags"] | kept["recipe"] for kept in (before, now))
     if now["epochs"] < done:
         raise UsageError(f"--epochs {now['epochs']} is less than the {done} done; give more")
@@ -228,7 +228,9 @@ def announce_changes(before, now):
         if name == "epochs":
             change += ": the schedule goes on in the new length, so this is not the same as a run"
             change += " of that length from the start"
-        warn(f"note: {change}")
+        notes.append(f"note: {change}")
+    for note in notes:  # not before all is known to be allowed: an error stands alone
+        warn(note)
 
 
 def exit_status(command):
@@ -248,9 +250,11 @@ def exit_status(command):
         warn(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size")
         return 1
     except OSError as error:  # all others are caught where they arise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again, and complains
-        warn(f"error: the output can't be written ({error.strerror}); mend that")
+        if error.filename is None:  # stdout's, it seems: Python would try again, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        place = f"{error.filename}: " if error.filename else ""
+        warn(f"error: {place}{error.strerror or error}; mend that and try again")
         return 1
     except KeyboardInterrupt:
-        warn("error: stopped before the first epoch; nothing was changed, begin again")
+        warn("error: interrupted; run it again")
         return 130

@@ -271,10 +271,10 @@ def carry_out(args, engine, path, state, command, started):
     source = mnist.load(args.dataset, args.data_dir, warn)
     args.dataset = source.name  # a run that is resumed is never given the other
     settings = {"flags": lasting(args), "recipe": recipe.as_plain()}
-    if state:
-        announce_changes(state, settings)
     train_set, held_out = make_datasets(source, recipe, args, engine.device)
     steps = count_steps(recipe, len(train_set), engine.world)
+    if state:
+        announce_changes(state, settings)
     learner = Learner.build(recipe, engine, args.seed)
     facts = describe(args, recipe, engine, source, learner.network)
     if args.eval_only:

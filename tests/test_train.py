@@ -22,6 +22,7 @@ from PIL import Image
 import mnist
 import plots
 import train
+from cli import exit_status
 from recipes import RECIPES
 from rundir import RunDir
 
@@ -227,6 +228,13 @@ def test_wrong_usage_is_one_line_and_status_2(job, flags):
     assert not Path("runs").exists() and not Path("b").exists()
 
 
+@pytest.mark.parametrize("change", ["--seed 1", "--batch-size 599"])
+def test_what_a_resumed_run_refuses_is_one_line(job, change):
+    assert job(*FAST)[0] == 0
+    status, out, err = job("--resume", "runs/fast", "--lr", 0.5, *change.split())
+    assert (status, out) == (2, "") and one_line(err), err
+
+
 def test_a_refused_number_comes_with_its_legal_range(job):
     assert "from 1 to 100000" in job("--epochs", "0")[2]
 
@@ -281,6 +289,25 @@ def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(workplace):
         Image.open(workplace / f"runs/fast/{name}.png").load()
     assert not (workplace / "runs/fast/results.json").exists()
     assert "\r" not in err  # no bar where there is no terminal
+
+
+def test_an_interruption_when_all_is_done_denies_nothing(job, monkeypatch):
+    def interrupted(text):
+        if text.startswith("run "):  # the last line
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "say", interrupted)
+    status, _, err = job(*FAST, "--quiet")
+    assert (status, err) == (130, "error: interrupted; run it again\n")
+    assert result("runs/fast")["epochs"] == 1
+
+
+def test_an_unforeseen_failure_is_told_as_it_is(capsys):
+    def fail():
+        raise PermissionError(13, "Permission denied", "a file")
+
+    assert exit_status(fail) == 1
+    assert capsys.readouterr().err == "error: a file: Permission denied; mend that and try again\n"
 
 
 def show_on(terminal):
