@@ -7,6 +7,7 @@ try:
     import fcntl
 except ImportError:  # Windows: folders can't be locked there
     fcntl = None
+CAN_LOCK = fcntl is not None
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def folder_lock(path, wait):
     Nothing is written, so nothing is left behind by a process that was killed. Where the system
     has no such lock, there is none.
     """
-    if fcntl is None:
+    if not CAN_LOCK:
         yield
         return
     handle = os.open(path, os.O_RDONLY)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from locks import folder_lock
+from locks import CAN_LOCK, folder_lock
 
 RUNS = "runs"
+STARTED = {"args.json", ".args.json.tmp", ".last.pt.tmp"}  # all that there is before LAST
 LAST, BEST = "last.pt", "best.pt"
 CHECKPOINT = {"flags": dict, "recipe": dict, "history": list, "curve": list, "seconds": float}
 CHECKPOINT |= {"network": dict, "averaged": dict | None, "optimizer": dict}
@@ -32,29 +33,29 @@ class RunDir:
     """A run's folder. Its files are written beside their place, fsynced and renamed.
 
     Of several processes of a run one writes; for the others the folder is not `writable`, and
-    what they would write goes nowhere.
+    what they would write goes nowhere. A `new` run must find no checkpoint in it.
     """
 
-    def __init__(self, path, writable=True):
-        self.path, self.writable = Path(path), writable
+    def __init__(self, path, writable=True, new=False):
+        self.path, self.writable, self.new = Path(path), writable, new
 
     @classmethod
     def create(cls, name, output_dir=None):
         """A new folder: `output_dir`, or `runs/<name>`, or `runs/<name>-2`, `-3` and so on.
 
         Raises:
-            RunError: `output_dir` holds a run, or no folder can be made.
+            RunError: `output_dir` holds a run or is in use, or no folder can be made.
         """
         try:
             if output_dir is not None:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                return cls(output_dir).claim()
+                return cls(output_dir, new=True).claim()
             number = 1
             while True:
                 path = Path(RUNS, name if number == 1 else f"{name}-{number}")
                 try:
                     path.mkdir(parents=True)
-                    return cls(path).claim()
+                    return cls(path, new=True).claim()
                 except FileExistsError:
                     number += 1
         except OSError as error:
@@ -64,30 +65,56 @@ class RunDir:
             ) from error
 
     def claim(self):
-        """Take the folder for this run: of two that try, one succeeds."""
-        try:
-            (self.path / "args.json").touch(exist_ok=False)
-        except FileExistsError as error:
-            advice = "choose another --output-dir, or go on with --resume"
-            raise RunError(f"{self.path} holds a run already; {advice}") from error
+        """Take the folder for this run; what one left that got no checkpoint is no hindrance.
+
+        Of two runs that take it at once, only one comes to be `working` in it.
+        """
+        with self.held():
+            try:
+                (self.path / "args.json").touch(exist_ok=False)
+            except FileExistsError as error:
+                if not (CAN_LOCK and self.is_leftover()):
+                    raise self.taken() from error
         return self
 
+    def is_leftover(self):
+        """Whether all there is was left by a run that ended before its first checkpoint."""
+        try:
+            content = (self.path / "args.json").read_bytes()  # empty till the settings are known
+            ours = not content or {"command", "flags", "recipe"} <= set(json.loads(content))
+        except (OSError, ValueError, TypeError):
+            return False
+        return ours and STARTED.issuperset(os.listdir(self.path))
+
+    def taken(self):
+        """The error of a new run in the folder of another."""
+        advice = "choose another --output-dir, or go on with --resume"
+        return RunError(f"{self.path} holds a run already; {advice}")
+
     @contextmanager
-    def working(self):
-        """Hold the folder against other processes, cleared of what a killed one left half-written.
+    def held(self):
+        """Hold the folder against other processes.
 
         Raises:
-            RunError: another process is at work in the folder.
+            RunError: another process is at work in it, or the run is new and it has a checkpoint.
         """
-        if not self.writable:
-            yield
-            return
-        with ExitStack() as held:
+        with ExitStack() as stack:
             try:
-                held.enter_context(folder_lock(self.path, wait=False))
+                stack.enter_context(folder_lock(self.path, wait=False))
             except BlockingIOError as error:
                 advice = "wait for it, or stop it"
                 raise RunError(f"another process is at work in {self.path}; {advice}") from error
+            if self.new and (self.path / LAST).exists():
+                raise self.taken()
+            yield
+
+    @contextmanager
+    def working(self):
+        """Hold the folder for a run, cleared of what a killed one left half-written. See `held`."""
+        if not self.writable:
+            yield
+            return
+        with self.held():
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
             yield

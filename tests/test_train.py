@@ -23,6 +23,7 @@ import mnist
 import plots
 import train
 from cli import exit_status
+from locks import CAN_LOCK, folder_lock
 from recipes import RECIPES
 from rundir import RunDir
 
@@ -150,6 +151,64 @@ def test_folders_are_never_overwritten(job):
     status, out, err = job(*FAST, "--output-dir", "runs/fast-dry-run")
     assert (status, out) == (1, "") and one_line(err) and "holds a run" in err
     assert Path("runs/fast-dry-run/results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_a_folder_whose_run_got_no_checkpoint_is_used_again(job, monkeypatch, left):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", interrupt)
+        assert job(*FAST, "--output-dir", "run")[0] == 130
+    if left is not None:  # killed yet earlier
+        Path("run/args.json").write_bytes(left)
+    Path("run/.last.pt.tmp").write_bytes(b"half")
+    assert job(*FAST, "--seed", 7, "--output-dir", "run")[0] == 0
+    assert result("run")["seed"] == 7 and not Path("run/.last.pt.tmp").exists()
+
+
+FOREIGN = [
+    {"args.json": "{}"},
+    {"args.json": "[1, 2]"},
+    {"args.json": "text"},
+    {"args.json": "", "notes.txt": "mine"},
+    {"args.json": "", "best.pt": ""},
+    {"last.pt": "mine"},
+]
+
+
+@pytest.mark.parametrize("files", FOREIGN, ids=str)
+def test_a_folder_with_other_files_is_left_as_it_is(job, files):
+    Path("run").mkdir()
+    for name, content in files.items():
+        Path("run", name).write_text(content)
+    status, out, err = job(*FAST, "--output-dir", "run")
+    assert (status, out) == (1, "") and one_line(err) and "holds a run" in err
+    assert {path.name: path.read_text() for path in Path("run").iterdir()} == files
+
+
+@pytest.mark.skipif(not CAN_LOCK, reason="this system can't lock folders")
+def test_a_folder_whose_run_lives_is_not_taken(job):
+    Path("run").mkdir()
+    Path("run/args.json").touch()
+    with folder_lock("run", wait=False):
+        status, out, err = job(*FAST, "--output-dir", "run")
+    assert (status, out) == (1, "") and one_line(err) and "another process" in err
+
+
+def test_a_run_that_takes_a_folder_while_another_begins_does_not_harm_it(job, monkeypatch):
+    def overtaken(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "headlines", headlines)
+            assert job(*FAST, "--seed", 7, "--output-dir", "run")[0] == 0
+        return headlines(*args)
+
+    headlines = train.headlines
+    monkeypatch.setattr(train, "headlines", overtaken)
+    status, _, err = job(*FAST, "--output-dir", "run")
+    assert status == 1 and one_line(err) and "holds a run" in err
+    assert result("run")["seed"] == 7
 
 
 def test_a_dry_run_goes_the_whole_way_and_says_what_it_is(job):
