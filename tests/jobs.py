@@ -23,6 +23,8 @@ import train
 @functools.cache
 def processes():
     """The context of processes that are forked from one that has imported all this already."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system can't fork processes")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
