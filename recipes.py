@@ -44,6 +44,7 @@ class Recipe:
     label_smoothing: float = 0.0  # share of the target given to all classes alike
     averaging: float = 0.0  # decay of the exponential average of the weights; 0: none
     affine: Affine | None = None  # augmentation of the training images
+    clean_epochs: int = 0  # the last epochs, which see the images as they are
     mean: float = MEAN  # what is taken from the pixels (0..1), and
     std: float = STD  # what they are then divided by
     addends: str = "each-epoch"  # or "once"

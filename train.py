@@ -126,10 +126,11 @@ class Run:
 
     def train_one(self, epoch, stop):
         """Train and evaluate one epoch, and add its row to the history."""
-        learner, total_steps = self.learner, self.learner.recipe.epochs * self.steps
-        self.train_set.set_epoch(epoch)
+        learner, recipe = self.learner, self.learner.recipe
+        total_steps = recipe.epochs * self.steps
+        self.train_set.set_epoch(epoch, augment=epoch <= recipe.epochs - recipe.clean_epochs)
         clock = time.perf_counter()
-        with self.bar(total=self.steps, desc=f"epoch {epoch}/{learner.recipe.epochs}") as bar:
+        with self.bar(total=self.steps, desc=f"epoch {epoch}/{recipe.epochs}") as bar:
             done = (epoch - 1) * self.steps
             record = train_epoch(learner, self.train_set, done, total_steps, stop, bar)
         seconds = {"train_seconds": time.perf_counter() - clock}

@@ -103,22 +103,22 @@ def drawing_job(workplace, capsys):
     return run
 
 
-def tiny():
+def toy():
     """An encoder without batch normalisation, and with few parameters."""
     return nn.Sequential(nn.Conv2d(1, 8, 5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 
-TINY = replace(RECIPES["concat-mlp"], encoder="tiny", drop_last=False)
+TOY = replace(RECIPES["concat-mlp"], encoder="toy", drop_last=False)
 
 
-def add_tiny_recipe():
-    """Let there be the recipe "tiny", of that encoder, trained as a published system was."""
-    model.ENCODERS["tiny"], RECIPES["tiny"] = tiny, TINY
+def add_toy_recipe():
+    """Let there be the recipe "toy", of that encoder, trained as a published system was."""
+    model.ENCODERS["toy"], RECIPES["toy"] = toy, TOY
 
 
 @pytest.fixture
-def tiny_recipe():
-    """The recipe "tiny", for a test."""
-    add_tiny_recipe()
+def toy_recipe():
+    """The recipe "toy", for a test."""
+    add_toy_recipe()
     yield
-    del model.ENCODERS["tiny"], RECIPES["tiny"]
+    del model.ENCODERS["toy"], RECIPES["toy"]

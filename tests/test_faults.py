@@ -31,6 +31,7 @@ from test_train import FAST, one_line, result, rows, without_seconds
 
 import device
 import mnist
+import train
 import model
 import rundir
 from recipes import RECIPES
@@ -268,11 +269,11 @@ def stop_at(monkeypatch, look):
 
 EPOCHS = 6 if ALL else 2
 CASES = list(itertools.product(RECIPES, [0.0, 0.9], [0, 10]))
-SOME_CASES = [("default", 0.0, 10), ("fast", 0.9, 0), ("tiny", 0.0, 0)]
+SOME_CASES = [("default", 0.0, 10), ("fast", 0.9, 0), ("toy", 0.0, 0)]
 
 
 @pytest.mark.parametrize("recipe, averaging, val_size", CASES if ALL else SOME_CASES)
-@pytest.mark.usefixtures("tiny_recipe")
+@pytest.mark.usefixtures("toy_recipe")
 def test_a_stop_within_and_after_each_epoch(few, monkeypatch, recipe, averaging, val_size):
     monkeypatch.setattr(train, "REDRAW_SECONDS", math.inf)  # or a slow run alone has a loss.png
     monkeypatch.setitem(RECIPES, recipe, dataclasses.replace(RECIPES[recipe], averaging=averaging))
@@ -314,10 +315,10 @@ def test_another_experiment_is_refused(few, change):
 
 
 @pytest.mark.parametrize("batch_size", [10, 5] if ALL else [10])  # at the epoch's end, within it
-@pytest.mark.usefixtures("tiny_recipe")
+@pytest.mark.usefixtures("toy_recipe")
 def test_a_loss_that_becomes_nan(few, batch_size):
     few = functools.partial(few, "--batch-size", batch_size)
-    assert few("--recipe", "tiny", "--epochs", 1, "--output-dir", "run")[0] == 0
+    assert few("--recipe", "toy", "--epochs", 1, "--output-dir", "run")[0] == 0
     before = kept()
     status, _, err = few("--resume", "run", "--epochs", 2, "--lr", 100)
     assert status == 1 and "NaN" in err and one_line(err.splitlines(keepends=True)[-1])

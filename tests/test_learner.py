@@ -15,12 +15,12 @@ from learner import Learner, evaluate, restore, smoothed, train_epoch
 from recipes import Recipe, constant
 from rundir import RunError
 
-pytestmark = pytest.mark.usefixtures("tiny_recipe")
+pytestmark = pytest.mark.usefixtures("toy_recipe")
 BAR = SimpleNamespace(update=lambda: None, disable=True)
 ENGINE = Engine(torch.device("cpu"))
 PLAIN = Recipe(
     about="",
-    encoder="tiny",
+    encoder="toy",
     join="concat-mlp",
     epochs=1,
     batch_size=4,

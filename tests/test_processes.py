@@ -18,11 +18,11 @@ import train
 
 # A last batch of one image is left when 12 are taken at a time: the second process gets none of it.
 IMAGES = {"train": 25, "test": 11}
-FLAGS = "--recipe tiny --batch-size 12 --precision fp32 --device cpu --quiet".split()
+FLAGS = "--recipe toy --batch-size 12 --precision fp32 --device cpu --quiet".split()
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_recipe):
+def place(tmp_path, monkeypatch, toy_recipe):
     """The current folder, with its own small MNIST."""
     files = conftest.files_of(IMAGES)
     conftest.write_files(tmp_path / "data", files)
@@ -54,7 +54,7 @@ def test_two_processes_are_the_same_run_as_one_and_either_takes_up_the_other(pla
     (place / "job.py").write_text(
         "import sys, torch, conftest, mnist, train\n"
         f"mnist.SHA256 = {mnist.SHA256!r}\n"
-        "conftest.add_tiny_recipe()\n"
+        "conftest.add_toy_recipe()\n"
         "train.Run.draw = lambda run: []\n"
         "torch.set_num_threads(1)\n"
         "sys.exit(train.main())\n"
@@ -77,7 +77,7 @@ def take_part(rank, port):
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     meet |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ.update({name: str(value) for name, value in {**place, **meet}.items()})
-    conftest.add_tiny_recipe()
+    conftest.add_toy_recipe()
 
 
 @pytest.mark.parametrize("fault", ["a process dies", "a signal"])

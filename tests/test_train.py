@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN_IMAGES
+from conftest import ROOT, TOY, TRAIN_IMAGES
 from jobs import Job
 from PIL import Image
 
@@ -23,6 +23,7 @@ import mnist
 import plots
 import train
 from cli import exit_status
+from dataset import Affine
 from locks import CAN_LOCK, folder_lock
 from recipes import RECIPES
 from rundir import RunDir
@@ -114,6 +115,22 @@ def test_every_recipe_runs_and_repeats_to_the_bit(job, monkeypatch, name):
     assert without_seconds("one") == without_seconds("two")
     one, two = (torch.load(f"{x}/last.pt", weights_only=True) for x in ("one", "two"))
     assert all(torch.equal(v, two["network"][k]) for k, v in one["network"].items())
+
+
+def test_the_clean_epochs_come_last(job, monkeypatch):
+    images = {}
+
+    def see(learner, dataset, *rest):
+        images[dataset.epoch] = dataset[0][0]
+        return train_epoch(learner, dataset, *rest)
+
+    train_epoch = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", see)
+    augmented = dataclasses.replace(RECIPES["fast"], affine=Affine(9, 0.1, 0.1, 9), clean_epochs=2)
+    monkeypatch.setitem(RECIPES, "fast", augmented)
+    job(*FAST, "--epochs", 4, "--quiet")
+    assert not images[1].equal(images[3]) and not images[2].equal(images[3])
+    assert images[3].equal(images[4])
 
 
 def test_another_seed_is_another_run(job):
@@ -298,8 +315,8 @@ def test_a_refused_number_comes_with_its_legal_range(job):
     assert "from 1 to 100000" in job("--epochs", "0")[2]
 
 
-def test_a_batch_of_one_is_fine_without_batch_norm(job, tiny_recipe):
-    assert job("--recipe", "tiny", "--dry-run", "--batch-size", 1)[0] == 0
+def test_a_batch_of_one_is_fine_without_batch_norm(job, toy_recipe):
+    assert job("--recipe", "toy", "--dry-run", "--batch-size", 1)[0] == 0
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "file"])
@@ -316,21 +333,21 @@ def test_a_damaged_file_is_one_line(job, data_dir):
     assert (status, out) == (1, "") and one_line(err) and path.name in err
 
 
-def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, tiny_recipe, monkeypatch):
+def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, toy_recipe, monkeypatch):
     def breaks(step, total_steps):
         return 1e38 if step > 7 else 1.0
 
-    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, schedule=breaks))
+    monkeypatch.setitem(RECIPES, "toy", dataclasses.replace(TOY, schedule=breaks))
     few = torch.arange(120)
     monkeypatch.setattr(train, "split_off", lambda count, val_size, seed: (few, few[:0]))
-    status, out, err = job("--recipe", "tiny", "--batch-size", 20, "--epochs", 3)
+    status, out, err = job("--recipe", "toy", "--batch-size", 20, "--epochs", 3)
     assert status == 1 and one_line(err)
     assert re.search(r"NaN or infinite at step [34] of 6 in epoch 2", err)
-    assert [row["epoch"] for row in rows("runs/tiny")] == ["1"]
-    state = torch.load("runs/tiny/last.pt", weights_only=True)
+    assert [row["epoch"] for row in rows("runs/toy")] == ["1"]
+    state = torch.load("runs/toy/last.pt", weights_only=True)
     assert len(state["history"]) == 1
     assert all(value.isfinite().all() for value in state["network"].values())
-    assert not Path("runs/tiny/results.json").exists()
+    assert not Path("runs/toy/results.json").exists()
 
 
 def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(workplace):
