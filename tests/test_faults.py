@@ -31,9 +31,9 @@ from test_train import FAST, one_line, result, rows, without_seconds
 
 import device
 import mnist
-import train
 import model
 import rundir
+import train
 from recipes import RECIPES
 from rundir import LAST, load_checkpoint
 
@@ -268,7 +268,9 @@ def stop_at(monkeypatch, look):
 
 
 EPOCHS = 6 if ALL else 2
-CASES = list(itertools.product(RECIPES, [0.0, 0.9], [0, 10]))
+ALIKE = {"shared-trunk-slow", "concat-linear"}  # in what is kept, to recipes that are tried
+STOPPED = [name for name in RECIPES if name not in ALIKE]
+CASES = list(itertools.product(STOPPED, [0.0, 0.9], [0, 10]))
 SOME_CASES = [("default", 0.0, 10), ("fast", 0.9, 0), ("toy", 0.0, 0)]
 
 
