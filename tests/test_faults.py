@@ -317,10 +317,9 @@ def test_another_experiment_is_refused(few, change):
 
 
 @pytest.mark.parametrize("batch_size", [10, 5] if ALL else [10])  # at the epoch's end, within it
-@pytest.mark.usefixtures("toy_recipe")
 def test_a_loss_that_becomes_nan(few, batch_size):
     few = functools.partial(few, "--batch-size", batch_size)
-    assert few("--recipe", "toy", "--epochs", 1, "--output-dir", "run")[0] == 0
+    assert few("--recipe", "concat-mlp", "--epochs", 1, "--output-dir", "run")[0] == 0
     before = kept()
     status, _, err = few("--resume", "run", "--epochs", 2, "--lr", 100)
     assert status == 1 and "NaN" in err and one_line(err.splitlines(keepends=True)[-1])
