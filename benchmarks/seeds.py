@@ -25,6 +25,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -196,12 +197,12 @@ def main(argv=None):
         "machine": processor(),
         "rows": {},
     }
-    RECIPES.update(rows)
-    for row, recipe in rows.items():
-        key = json.dumps([recipe.as_plain(), args.flags])
-        folder = kept / hashlib.sha256(key.encode()).hexdigest()[:12]
-        table["rows"][row] = run_seeds(row, folder, args)
-        report(row, table["rows"][row])
+    with patch.dict(RECIPES, rows):
+        for row, recipe in rows.items():
+            key = json.dumps([recipe.as_plain(), args.flags])
+            folder = kept / hashlib.sha256(key.encode()).hexdigest()[:12]
+            table["rows"][row] = run_seeds(row, folder, args)
+            report(row, table["rows"][row])
     if args.vary:
         compare(table["rows"])
     path = ROOT / "results" / f"{name}.json"

@@ -16,6 +16,7 @@ from recipes import RECIPES
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import seeds  # noqa: E402
 import speed  # noqa: E402
 
 # Each output of a layer times the inputs that it is made of, counted by hand.
@@ -56,6 +57,39 @@ def test_training_costs_six_times_the_multiply_adds(recipe):
         sum(part.sum() for part in outputs).backward()
     # The rule of six counts a gradient by the image as well, which nobody needs.
     assert counter.get_total_flops() == images * (6 * (first + others) - 2 * first)
+
+
+def test_an_ablation_is_compared_seed_by_seed_and_goes_on_where_it_was(
+    workplace, monkeypatch, capsys
+):
+    monkeypatch.setattr(seeds, "ROOT", workplace)
+    monkeypatch.setattr(seeds.train.Run, "draw", lambda run: [])
+    (workplace / "results").mkdir()
+    vary = shlex.split("--vary label_smoothing=0 affine=[9,0.1,0.1,9] --vary schedule=constant")
+    argv = ["--recipe", "fast", "--seeds", "2", *vary, "--", "--dry-run", "--val-size", "50"]
+    seeds.main(argv)
+    rows = json.loads((workplace / "results/fast-ablation.json").read_text())["rows"]
+    base, clean, constant = rows.values()
+    assert base["settings"] == RECIPES["fast"].as_plain() | {"val_size": 50}
+    assert clean["settings"]["label_smoothing"] == 0 and len(clean["settings"]["affine"]) == 4
+    assert constant["settings"]["schedule"] == "constant"
+    for row in rows.values():
+        assert set(row["figures"]) == {"digit", "sum", "both"}  # of the images held out
+        assert row["figures"]["both"]["n"] == 2 and min(row["each"]["both"]) > 0
+    assert base["each"] != clean["each"] != constant["each"]
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^\| .* \| [+-]\d\.\d+ ± \d", printed, re.MULTILINE)) == 2
+
+    monkeypatch.setattr(seeds.train, "main", None)  # nothing is left to train
+    seeds.main(argv)
+    assert json.loads((workplace / "results/fast-ablation.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize("change", ["no_column=1", "schedule=none", "affine=3"])
+def test_a_column_that_is_not_there_is_refused(change, capsys):
+    with pytest.raises(SystemExit):
+        seeds.main(["--vary", change])
+    assert f"--vary {change}: " in capsys.readouterr().err
 
 
 @pytest.fixture
