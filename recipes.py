@@ -71,6 +71,7 @@ RECIPES = {
         weight_decay=0.01,
         label_smoothing=0.1,
         affine=Affine(degrees=10, translate=0.1, scale=0.1, shear=10),
+        clean_epochs=1,
     ),
     "fast": Recipe(
         about="seconds: a small network, one epoch",
@@ -82,6 +83,19 @@ RECIPES = {
         optimizer_options={"betas": (0.9, 0.99)},
         weight_decay=0.01,
         label_smoothing=0.1,
+    ),
+    "tiny": Recipe(
+        about="fewer than 8,000 parameters: for microcontrollers, and for teaching",
+        encoder="tiny",
+        join="outer",
+        epochs=20,
+        batch_size=256,
+        lr=0.02,
+        optimizer_options={"betas": (0.9, 0.99)},
+        weight_decay=0.01,
+        label_smoothing=0.1,
+        affine=Affine(degrees=10, translate=0.1, scale=0.1, shear=10),
+        clean_epochs=1,
     ),
     "concat-mlp": Recipe(
         about="published: digit logits and one-hot number into FC 128 (98.96 / 98.83)",

@@ -27,7 +27,7 @@ BY_HAND = {
     "fast": (SMALL_FIRST, 10 * 10 * 32 * 24 * 3 * 3 + 800 * 256 + 256 * 10 + JOIN),
     "default": (
         COMPACT_FIRST,
-        (14 * 14 * 64 * 32 + 7 * 7 * 96 * 64 + 7 * 7 * 96 * 96) * 3 * 3 + 96 * 10 + JOIN,
+        (14 * 14 * 64 * 32 + 7 * 7 * 128 * 64 + 5 * 5 * 128 * 128) * 3 * 3 + 128 * 10 + JOIN,
     ),
 }
 # As pytorch/examples prints it.
