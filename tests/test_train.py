@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, TRAIN_IMAGES
+from conftest import TOY, TRAIN_IMAGES
 from jobs import Job
 from PIL import Image
 
@@ -405,18 +404,15 @@ def test_a_bar_on_a_terminal_goes_when_it_is_done(workplace):
     assert b"epoch 1/2" in shown and shown.endswith(b"\r") and b"\n" not in shown
 
 
-def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path):
+def test_a_torchvision_that_does_not_fit_is_one_line(job, monkeypatch, tmp_path):
     (tmp_path / "torchvision").mkdir()
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"
     (tmp_path / "torchvision" / "__init__.py").write_text(broken)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--dry-run"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and one_line(done.stderr) and "pip install" in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if re.match(r"mnist$|torchvision\b", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    status, out, err = job("--dry-run")
+    assert status == 1 and out == "" and one_line(err) and "pip install" in err
 
 
 @pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR names no folder with MNIST")
