@@ -232,7 +232,7 @@ def headlines(facts, engine, recipe, network, train_set, held_out, rundir):
     """The lines at a run's start."""
     sizes = [f"{len(part):,} {name}" for name, part in {"train": train_set, **held_out}.items()]
     processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
-    threads = f"{processes}{facts['threads']} threads"
+    threads = f"{processes}{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
     yield f"device   {engine.device} ({engine.reason}), {engine.precision}, {threads}"
     yield f"data     {facts['dataset']}: {', '.join(sizes)} images"
     yield f"recipe   {facts['recipe']}: {recipe.about}"

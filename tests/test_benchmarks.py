@@ -178,11 +178,14 @@ def test_processes_are_compared_over_the_same_seeds(measure, made_up):
     assert section["flops_a_step"] == 6 * 128 * sum(BY_HAND["fast"])
 
 
-def test_the_commands_that_are_told_of_it_parse():
-    told = (ROOT / "README.md").read_text() + speed.__doc__
-    lines = re.findall(r"^ *python benchmarks/speed\.py ([^#\n]+)", told, re.MULTILINE)
-    assert len(lines) == 5 + 4
+@pytest.mark.parametrize("script, count", [(seeds, 2 + 2), (speed, 5 + 4)])
+def test_the_commands_that_are_told_of_parse(script, count):
+    told = (ROOT / "README.md").read_text() + script.__doc__.replace("\\\n", "")
+    name = script.__name__
+    lines = re.findall(rf"^ *python benchmarks/{name}\.py ([^#\n]+)", told, re.MULTILINE)
+    assert len(lines) == count
     for line in lines:
-        args = speed.parser().parse_args(shlex.split(line))
+        argv = shlex.split(line)
+        args = seeds.parse(argv)[0] if script is seeds else speed.parser().parse_args(argv)
         assert args.recipe in RECIPES
         speed.train_parser("").parse_args(args.flags)
