@@ -118,7 +118,7 @@ class Run:
             self.tell(epoch_line(self.history[-1], epochs))
             due = time.perf_counter() - drawn > REDRAW_SECONDS and epoch < epochs
             if due and self.rundir.writable:
-                import plots
+                import plots  # here, as matplotlib takes a second, which --help need not wait for
 
                 figure = plots.loss_figure(self.curve, self.history, self.title())
                 self.rundir.save_figure("loss.png", figure)

@@ -122,7 +122,9 @@ def row(name, published):
         digit, total, both = (100 * results["test"][f"{head}_accuracy"] for head in heads)
         mean = (digit + total) / 2 if published and published.mean else None
         ours = shares(digit, total, both, mean)
-        seconds = f"{results['train_seconds']:,.0f} ({results['device'].split(':')[0]})"
+        device = results["device"].split(":")[0]
+        cores = f" x {results['threads']}" if device == "cpu" else ""
+        seconds = f"{results['train_seconds']:,.0f} ({device}{cores}, {results['precision']})"
     theirs = shares(*published[1:]) if published else NONE
     cost = f"{flops:.1e}".replace("e+", "e")
     return [f"`{name}`", theirs, ours, f"{parameters:,}", str(recipe.epochs), cost, seconds]

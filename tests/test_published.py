@@ -24,6 +24,8 @@ def results(tmp_path, monkeypatch):
         "note": "",
         "epochs": 25,
         "device": "cuda:0",
+        "precision": "bf16",
+        "threads": 16,
         "parameters": 6_888_345,
         "test": {"digit_accuracy": 0.99, "sum_accuracy": 0.8, "both_accuracy": 0.795},
         "train_seconds": 1234.5,
@@ -52,7 +54,7 @@ def test_every_published_recipe_has_its_row(results, capsys):
     assert set(rows) == set(RECIPES) - ours | {"default"}
     # 6 x 117,021,564 multiply-adds x 60,000 images x 25 epochs
     mean = "99.00 / 80.00 / 79.50, mean 89.50"
-    costs = ["6,888,345", "25", "1.1e15", "1,234 (cuda)"]
+    costs = ["6,888,345", "25", "1.1e15", "1,234 (cuda, bf16)"]
     assert rows["concat-linear"] == ["mean 88.19", mean, *costs]
     assert rows["concat-mlp"][:2] == ["98.96 / 98.83 / –", "–"] and rows["concat-mlp"][-1] == "–"
 
