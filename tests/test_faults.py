@@ -23,6 +23,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+import conftest  # noqa: F401 (it puts the program's folder on the path: this is a script, too)
 import pytest
 import test_mnist
 import torch
