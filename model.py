@@ -111,7 +111,7 @@ def small():
 
 
 def separable(inputs, outputs, pool=1):
-    """A 3x3 convolution of each channel alone, then a 1x1 of all: a fifth of the parameters."""
+    """A 3x3 convolution of each channel alone, then a 1x1 of all: a seventh of the parameters."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
         *conv_norm_relu(inputs, outputs, kernel=1, pool=pool),

@@ -37,7 +37,7 @@ Reads a handwritten digit, and adds a number to it.
 - Network: recipe `{recipe}`, {parameters:,} parameters, {epochs} epochs, seed {seed}.
 - Data: {dataset}.
 - Figures on its test set, each image with all ten numbers: digit {digit:.2f} %, sum {sum:.2f} %.
-- Speed where it was exported ({threads} threads): one picture {latency:.2f} ms; {throughput:,.0f}
+- Speed where it was exported (threads: {threads}): one picture {latency:.2f} ms; {throughput:,.0f}
   pictures a second in batches of {batch}.
 - Limits: one digit a picture, prepared as MNIST's were (20 pixels in its longer side, centred by
   mass): `handwriting.py` does that. What is no digit is read as one all the same.

@@ -61,6 +61,17 @@ OURS = {"optimizer_options": {"betas": (0.9, 0.99)}, "weight_decay": 0.01, "labe
 AUGMENTED = {"affine": Affine(degrees=10, translate=0.1, scale=0.1, shear=10), "clean_epochs": 1}
 # What all published systems have: pixels in 0..1 as they are, and one rate to the end.
 AS_PUBLISHED = {"mean": 0.0, "std": 1.0, "schedule": constant}
+# What one of them, published at two rates, has beside the rate.
+SHARED_TRUNK = AS_PUBLISHED | {
+    "encoder": "two-conv",
+    "join": "shared-trunk",
+    "epochs": 100,
+    "batch_size": 32,
+    "optimizer": "SGD",
+    "optimizer_options": {"momentum": 0.9},
+    "addends": "once",
+    "val_size": 10_000,
+}
 
 RECIPES = {
     "default": Recipe(
@@ -109,29 +120,13 @@ RECIPES = {
     "shared-trunk": Recipe(
         about="published: embedded number beside 192 features, one trunk for both heads "
         "(98.97 / 55.07); mended: one softmax in the loss, not two, and numbers to 9, not 8",
-        encoder="two-conv",
-        join="shared-trunk",
-        epochs=100,
-        batch_size=32,
         lr=0.01,
-        optimizer="SGD",
-        optimizer_options={"momentum": 0.9},
-        addends="once",
-        val_size=10_000,
-        **AS_PUBLISHED,
+        **SHARED_TRUNK,
     ),
     "shared-trunk-slow": Recipe(
         about="published: shared-trunk at a tenth of the rate (98.35 / 38.97); mended as that",
-        encoder="two-conv",
-        join="shared-trunk",
-        epochs=100,
-        batch_size=32,
         lr=0.001,
-        optimizer="SGD",
-        optimizer_options={"momentum": 0.9},
-        addends="once",
-        val_size=10_000,
-        **AS_PUBLISHED,
+        **SHARED_TRUNK,
     ),
     "concat-linear": Recipe(
         about="published: digit logits and one-hot number into one linear layer (mean 88.19); "

@@ -7,7 +7,8 @@
 Each run is a call of `train.py` with the flags after `--`. Its last epoch counts, on the test set,
 each image with all ten addends; with --val-size on the images held out instead. Each --vary is
 another row beside the recipe's, and is compared with it seed by seed. A benchmark that was stopped
-goes on where it was when it is called again. The results are written to results/NAME.json.
+goes on where it was when it is called again, as long as all files are those of the same commit. The
+results are written to results/NAME.json.
 """
 
 import argparse
@@ -160,6 +161,12 @@ def processor():
     return f"{capabilities.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
 
+def commit():
+    """The commit of the program, with "-dirty" after it where files differ from it."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+
+
 def parse(argv=None):
     """The flags, and the rows to run by their names: the recipe's, then each --vary's."""
     parser = argparse.ArgumentParser(
@@ -186,14 +193,13 @@ def parse(argv=None):
 def main(argv=None):
     args, rows = parse(argv)
     name = args.name or args.recipe + ("-ablation" if args.vary else "")
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    kept = ROOT / "runs" / "benchmarks" / commit
-    if commit.endswith("-dirty"):  # what lies there may be the work of other code
+    made_by = commit()
+    kept = ROOT / "runs" / "benchmarks" / made_by
+    if made_by.endswith("-dirty"):  # what lies there may be the work of other code
         shutil.rmtree(kept, ignore_errors=True)
     table = {
         "command": shlex.join(["python", "benchmarks/seeds.py", *(argv or sys.argv[1:])]),
-        "commit": commit,
+        "commit": made_by,
         "machine": processor(),
         "rows": {},
     }

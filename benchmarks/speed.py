@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from seeds import ROOT, multiply_adds, processor, summary  # puts the program's folder on the path
+from seeds import ROOT, commit, multiply_adds, processor, summary  # puts the program on the path
 
 from cli import train_parser
 from device import pick_engine
@@ -212,10 +212,8 @@ def processes(args):
 
 def save(name, recipe, run, section):
     """Put a section into results/speed.json beside the others, with what it was measured on."""
-    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
     command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
-    facts = {"command": command, "commit": commit, "machine": processor()}
+    facts = {"command": command, "commit": commit(), "machine": processor()}
     names = ("dataset", "device", "precision", "threads", "versions")
     facts |= {fact: run.results[fact] for fact in names}
     sections = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
