@@ -101,8 +101,8 @@ def compact():
 def small():
     """Two convolutions and a layer over what is left of the image."""
     return nn.Sequential(
-        conv_norm_relu(1, 24, kernel=5, padding=0, pool=2),  # (B, 24, 12, 12)
-        conv_norm_relu(24, 32, kernel=3, padding=0, pool=2),  # (B, 32, 5, 5)
+        conv_norm_relu(1, 16, kernel=5, padding=0, pool=2),  # (B, 16, 12, 12)
+        conv_norm_relu(16, 32, kernel=3, padding=0, pool=2),  # (B, 32, 5, 5)
         nn.Flatten(),
         nn.Linear(800, 256, bias=False),
         nn.BatchNorm1d(256),
