@@ -265,7 +265,7 @@ def run(argv):
 
 
 def carry_out(args, engine, path, state, command, started):
-    """A run in the order of events: data, network, folder, epochs, pictures, result."""
+    """A run in the order of events: data, network, folder, epochs, result, pictures."""
     import mnist  # here, as torchvision takes seconds, which a wrong flag need not wait for
 
     recipe = resolve_recipe(args)
@@ -310,7 +310,6 @@ def carry_out(args, engine, path, state, command, started):
             if stop.signum is None:
                 advice = f"go on with --resume {rundir.path}"
                 raise RunError(f"another process of this run has ended; {advice}") from error
-        pictures = run.draw() if run.predictions and rundir.writable else []
         if stop.signum is not None:
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
         else:
@@ -319,6 +318,7 @@ def carry_out(args, engine, path, state, command, started):
             line = result_line("test", run.predictions.score())
             say(f"{line}; {seconds:.1f} s of training")
             say_note(facts)
+        pictures = run.draw() if run.predictions and rundir.writable else []
     for picture in pictures:
         say(f"picture  {picture}")
     if stop.signum is not None and run.history:

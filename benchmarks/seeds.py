@@ -139,12 +139,14 @@ def report(name, row):
         print(f"  {key:<12} " + "  ".join(f"{what} {value:.3f}" for what, value in shown.items()))
 
 
-def compare(rows):
-    """Print the table of an ablation: each row's figures, and how they differ from the first's."""
-    names = list(rows)
-    base = rows[names[0]]
-    print("\n| change | digit | sum | both | both, compared | seconds |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+def comparison(rows):
+    """An ablation's table in Markdown: each row's figures, and how they differ from the first's.
+
+    The difference is the mean over seeds, of runs with the same seed, with its standard error.
+    """
+    base = next(iter(rows.values()))
+    lines = ["| change | digit | sum | both | both, compared | seconds |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for name, row in rows.items():
         cells = [f"{100 * row['figures'][key]['mean']:.3f}" for key in ("digit", "sum", "both")]
         pairs = zip(row["each"]["both"], base["each"]["both"], strict=True)
@@ -152,7 +154,8 @@ def compare(rows):
         error = change["sd"] / math.sqrt(change["n"])
         compared = f"{change['mean']:+.3f} ± {error:.3f}" if row is not base else ""
         seconds = f"{row['median_train_seconds']:.1f}"
-        print(f"| {' | '.join([name, *cells, compared, seconds])} |")
+        lines.append(f"| {' | '.join([f'`{name}`', *cells, compared, seconds])} |")
+    return "\n".join(lines)
 
 
 def processor():
@@ -210,7 +213,7 @@ def main(argv=None):
             table["rows"][row] = run_seeds(row, folder, args)
             report(row, table["rows"][row])
     if args.vary:
-        compare(table["rows"])
+        print("", comparison(table["rows"]), sep="\n")
     path = ROOT / "results" / f"{name}.json"
     path.write_text(json.dumps(table, indent=2) + "\n")
     print(f"written  {path.relative_to(ROOT)}")

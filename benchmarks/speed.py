@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from seeds import ROOT, commit, multiply_adds, processor, summary  # puts the program on the path
 
 from cli import train_parser
 from device import pick_engine
+from seeds import ROOT, commit, multiply_adds, processor, summary  # puts the program on the path
 
 RESULTS = ROOT / "results" / "speed.json"
 MARK = 0.99  # of both heads, on the test set
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     results: dict  # of results.json
     recipe: dict  # of args.json: the row, with the flags in their places
     epoch_seconds: list[float]  # of training alone, an epoch each
-    wall_seconds: float  # from the process's start to its end
+    wall_seconds: float  # from the process's start to the line with its result
     peak_bytes: int  # of memory, of the largest process
 
 
@@ -54,9 +54,12 @@ def train(recipe, flags, processes=1):
         command = [sys.executable, *(several if processes > 1 else []), str(ROOT / "train.py")]
         command += ["--recipe", recipe, "--output-dir", folder, "--quiet", *flags]
         clock = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | threads)
+        pipe = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | threads}
+        process = subprocess.Popen(command, **pipe)
+        for line in process.stdout:
+            if line.startswith("result"):
+                wall_seconds = time.perf_counter() - clock
         _, status, usage = os.wait4(process.pid, 0)
-        wall_seconds = time.perf_counter() - clock
         process.returncode = status  # so that it is not waited for again
         if status:
             sys.exit(f"failed: {shlex.join(command)}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "benchmarks", "results")]
 
 import mnist  # noqa: E402
 import model  # noqa: E402

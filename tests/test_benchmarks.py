@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 
 import pytest
 import torch
@@ -11,13 +10,10 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
+import seeds
+import speed
 from dataset import NUM_DIGITS, SIDE
 from recipes import RECIPES
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import seeds  # noqa: E402
-import speed  # noqa: E402
 
 # Each output of a layer times the inputs that it is made of, counted by hand.
 JOIN = 100 * 19

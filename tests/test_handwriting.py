@@ -2,18 +2,14 @@
 
 import io
 import os
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image, ImageDraw
 
 import mnist
 from handwriting import CUT, NO_INK, SEVERAL, PictureError, prepare, read_picture
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from photographs import DAMAGES, photograph  # noqa: E402
+from photographs import DAMAGES, photograph
 
 NEEDS_MNIST = pytest.mark.skipif(
     "MNIST_DIR" not in os.environ, reason="MNIST_DIR names no folder with MNIST"

@@ -2,16 +2,13 @@
 
 import csv
 import json
-import sys
 
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+import published
 from recipes import RECIPES
-
-sys.path.insert(0, str(ROOT / "results"))
-import published  # noqa: E402
 
 
 @pytest.fixture

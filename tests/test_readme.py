@@ -1,12 +1,15 @@
 """The README says what is so: its commands parse, and its tables are those of the program."""
 
+import json
 import re
 import shlex
+from unittest.mock import ANY
 
 import pytest
 from conftest import ROOT
 
 import model
+import seeds
 import train
 from cli import train_parser
 from recipes import RECIPES
@@ -57,6 +60,25 @@ def test_its_recipe_table_has_every_recipe_and_its_size():
     networks = {name: model.build(row.encoder, row.join) for name, row in RECIPES.items()}
     sizes = {name: f"{model.count_parameters(network):,}" for name, network in networks.items()}
     assert rows == list(sizes.items())
+
+
+@pytest.mark.parametrize("name", ["default", "fast", "tiny"])
+def test_its_result_table_is_what_the_benchmark_wrote(name):
+    row = json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"][name]
+    assert row["settings"].items() >= dict(RECIPES[name].as_plain(), about=ANY).items()
+    digit, total, _, consistent = row["figures"].values()
+    spread = [f"{100 * head['mean']:.3f} ({100 * head['sd']:.3f})" for head in (digit, total)]
+    cells = [f"{row['settings']['epochs']}", f"{row['parameters']:,}"]
+    cells += [f"{row['training_flops']:.1e}".replace("e+", "e"), f"{digit['n']}", *spread]
+    cells += [f"{100 * consistent['mean']:.3f}", f"{row['median_train_seconds']:,.0f}"]
+    flags = "" if name == "default" else f" --recipe {name}"
+    assert f"| `python train.py{flags}` | {' | '.join(cells)} " in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*-ablation.json")))
+def test_the_tables_of_ablations_are_what_the_benchmark_wrote(path):
+    rows = json.loads(path.read_text())["rows"]
+    assert seeds.comparison(rows) in (ROOT / "results" / "search.md").read_text()
 
 
 def test_files_and_modules_that_it_names_exist():
