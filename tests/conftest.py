@@ -117,8 +117,7 @@ def add_toy_recipe():
 
 
 @pytest.fixture
-def toy_recipe():
+def toy_recipe(monkeypatch):
     """The recipe "toy", for a test."""
-    add_toy_recipe()
-    yield
-    del model.ENCODERS["toy"], RECIPES["toy"]
+    monkeypatch.setitem(model.ENCODERS, "toy", toy)
+    monkeypatch.setitem(RECIPES, "toy", TOY)

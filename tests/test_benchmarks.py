@@ -59,7 +59,6 @@ def test_an_ablation_is_compared_seed_by_seed_and_goes_on_where_it_was(
     workplace, monkeypatch, capsys
 ):
     monkeypatch.setattr(seeds, "ROOT", workplace)
-    monkeypatch.setattr(seeds.train.Run, "draw", lambda run: [])
     (workplace / "results").mkdir()
     vary = shlex.split("--vary label_smoothing=0 affine=[9,0.1,0.1,9] --vary schedule=constant")
     argv = ["--recipe", "fast", "--seeds", "2", *vary, "--", "--dry-run", "--val-size", "50"]
