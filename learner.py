@@ -4,7 +4,6 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import model
 from dataset import NUM_DIGITS, NUM_SUMS
@@ -26,7 +25,6 @@ class Learner:
     network: torch.nn.Module
     replica: torch.nn.Module  # the network as training calls it: one of several, or itself
     optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None
 
     @classmethod
     def build(cls, recipe, engine, seed):
@@ -41,24 +39,11 @@ class Learner:
             fused=engine.device.type in ("cpu", "cuda"),
             **recipe.optimizer_options,
         )
-        averaged = None
-        if recipe.averaging:
-            average = get_ema_multi_avg_fn(recipe.averaging)
-            averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        return cls(recipe, engine, network, replica, optimizer, averaged)
-
-    @property
-    def trained(self):
-        """The network whose figures are reported: the averaged one, where the recipe averages."""
-        return self.averaged.module if self.averaged else self.network
+        return cls(recipe, engine, network, replica, optimizer)
 
     def state(self):
         """All that training changes, as plain types and tensors."""
-        return {
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.state_dict() if self.averaged else None,
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load(self, state):
         """Take over what `state` gave.
@@ -71,8 +56,6 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:
                 group["weight_decay"] = self.recipe.weight_decay  # may be another now
-            if self.averaged:
-                self.averaged.load_state_dict(state["averaged"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError("the checkpoint is of another network; name another") from error
 
@@ -102,8 +85,6 @@ def train_epoch(learner, dataset, step, total_steps, stop, bar):
         optimizer.zero_grad()
         (engine.world * loss).backward()  # the gradients are then averaged over processes
         optimizer.step()
-        if learner.averaged:
-            learner.averaged.update_parameters(learner.network)
         digits_right = (digit_log_probs.argmax(dim=1) == digit).sum()
         sums_right = (sum_log_probs.argmax(dim=1) == total).sum()
         record.append(torch.stack([digit_loss, sum_loss, digits_right, sums_right]).detach())
@@ -128,7 +109,7 @@ def smoothed(loss, log_probs, size, recipe):
 @torch.no_grad()
 def evaluate(learner, dataset, stop=NEVER):
     """Predictions for each image with each of the ten addends; each image is encoded once."""
-    network, engine = learner.trained, learner.engine
+    network, engine = learner.network, learner.engine
     network.eval()
     count, every_addend = len(dataset), torch.eye(NUM_DIGITS, device=engine.device)
     digit_log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS, device=engine.device)
@@ -147,7 +128,7 @@ def evaluate(learner, dataset, stop=NEVER):
 
 
 def restore(state):
-    """The trained network of a checkpoint's state, ready to predict: the averaged one if there is.
+    """The trained network of a checkpoint's state, ready to predict.
 
     Raises:
         RunError: it is of a network that this program does not have.
@@ -155,10 +136,7 @@ def restore(state):
     recipe = state["recipe"]
     try:
         network = model.build(recipe["encoder"], recipe["join"])
-        weights = network.state_dict()
-        trained = state["averaged"] or state["network"]
-        prefix = "module." if state["averaged"] else ""
-        network.load_state_dict({name: trained[prefix + name] for name in weights})
+        network.load_state_dict(state["network"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise RunError("the checkpoint is of another network; name another") from error
     return network.eval()

@@ -42,7 +42,6 @@ class Recipe:
     digit_weight: float = 1.0  # of the digit's loss in the total loss
     sum_weight: float = 1.0
     label_smoothing: float = 0.0  # share of the target given to all classes alike
-    averaging: float = 0.0  # decay of the exponential average of the weights; 0: none
     affine: Affine | None = None  # augmentation of the training images
     clean_epochs: int = 0  # the last epochs, which see the images as they are
     mean: float = MEAN  # what is taken from the pixels (0..1), and

@@ -18,7 +18,7 @@ RUNS = "runs"
 STARTED = {"args.json", ".args.json.tmp", ".last.pt.tmp"}  # all that there is before LAST
 LAST, BEST = "last.pt", "best.pt"
 CHECKPOINT = {"flags": dict, "recipe": dict, "history": list, "curve": list, "seconds": float}
-CHECKPOINT |= {"network": dict, "averaged": dict | None, "optimizer": dict}
+CHECKPOINT |= {"network": dict, "optimizer": dict}
 
 # What a damaged archive makes the standard library and torch raise, found by damaging some.
 DAMAGE = (EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError)

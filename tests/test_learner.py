@@ -11,7 +11,7 @@ import mnist
 import model
 from dataset import MNISTSum
 from device import NEVER, Engine
-from learner import Learner, evaluate, restore, smoothed, train_epoch
+from learner import Learner, evaluate, smoothed, train_epoch
 from recipes import Recipe, constant
 from rundir import RunError
 
@@ -88,18 +88,6 @@ def test_evaluation_pairs_each_image_with_every_addend(dataset, monkeypatch):
                 predictions.sum_log_probs[index, addend],
             )
             torch.testing.assert_close(found, (digit[0], total[0]), atol=1e-5, rtol=1e-4)
-
-
-def test_averaged_weights_are_the_ones_used(dataset):
-    recipe = replace(PLAIN, averaging=0.5, encoder="small")
-    learner = Learner.build(recipe, ENGINE, seed=0)
-    train_epoch(learner, dataset, 0, 3, NEVER, BAR)
-    ours, last = learner.trained.state_dict(), learner.network.state_dict()
-    assert any(not torch.equal(ours[name], last[name]) for name in ours if "running" in name)
-    assert any(not torch.equal(ours[name], last[name]) for name in ours if "weight" in name)
-    state = {"recipe": recipe.as_plain(), **learner.state()}
-    restored = restore(state).state_dict()
-    assert all(torch.equal(ours[name], restored[name]) for name in ours)
 
 
 def test_a_state_of_another_network_is_refused():
