@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from seeds import ROOT, commit, multiply_adds, processor, summary  # puts the program on the path
 
 from cli import train_parser
 from device import pick_engine
-from seeds import ROOT, commit, multiply_adds, processor, summary  # puts the program on the path
 
 RESULTS = ROOT / "results" / "speed.json"
 MARK = 0.99  # of both heads, on the test set

@@ -18,11 +18,12 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parent
 sys.path[:0] = [str(RESULTS.parent), str(RESULTS.parent / "benchmarks")]
 
+from seeds import multiply_adds  # noqa: E402
+
 import model  # noqa: E402
 import plots  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from rundir import as_png, write_whole  # noqa: E402
-from seeds import multiply_adds  # noqa: E402
 
 IMAGES = 60_000  # in MNIST's training set
 NONE = "–"

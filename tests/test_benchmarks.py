@@ -5,13 +5,13 @@ import re
 import shlex
 
 import pytest
+import seeds
+import speed
 import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-import seeds
-import speed
 from dataset import NUM_DIGITS, SIDE
 from recipes import RECIPES
 

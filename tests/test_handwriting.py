@@ -5,11 +5,11 @@ import os
 
 import numpy as np
 import pytest
+from photographs import DAMAGES, photograph
 from PIL import Image, ImageDraw
 
 import mnist
 from handwriting import CUT, NO_INK, SEVERAL, PictureError, prepare, read_picture
-from photographs import DAMAGES, photograph
 
 NEEDS_MNIST = pytest.mark.skipif(
     "MNIST_DIR" not in os.environ, reason="MNIST_DIR names no folder with MNIST"

@@ -3,11 +3,11 @@
 import csv
 import json
 
+import published
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-import published
 from recipes import RECIPES
 
 

@@ -6,10 +6,10 @@ import shlex
 from unittest.mock import ANY
 
 import pytest
+import seeds
 from conftest import ROOT
 
 import model
-import seeds
 import train
 from cli import train_parser
 from recipes import RECIPES
