@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from unittest.mock import ANY
 
 import pytest
@@ -43,6 +45,16 @@ def test_there_are_commands_to_parse():
     assert shlex.split("--epochs 20 --device cuda") in COMMANDS
 
 
+def test_its_scripts_start():
+    """Each imports all that it needs, from its own folder's place on the path."""
+    scripts = sorted(set(re.findall(r"python ((?:benchmarks|results|tests)/\w+\.py)", README)))
+    assert len(scripts) == 5
+    start = "import runpy, sys; sys.path[0] = sys.argv[1]; runpy.run_path(sys.argv[2])"
+    commands = [[sys.executable, "-c", start, (ROOT / name).parent, name] for name in scripts]
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [process.wait() for process in processes] == [0] * len(scripts)
+
+
 def test_its_flag_table_is_what_help_says():
     told = {}
     for action in train_parser("")._actions:
@@ -70,9 +82,11 @@ def test_its_result_table_is_what_the_benchmark_wrote(name):
     spread = [f"{100 * head['mean']:.3f} ({100 * head['sd']:.3f})" for head in (digit, total)]
     cells = [f"{row['settings']['epochs']}", f"{row['parameters']:,}"]
     cells += [f"{row['training_flops']:.1e}".replace("e+", "e"), f"{digit['n']}", *spread]
-    cells += [f"{100 * consistent['mean']:.3f}", f"{row['median_train_seconds']:,.0f}"]
+    cores = {1: "one core", 2: "two cores"}[row["threads"]]
+    seconds = f"{row['median_train_seconds']:,.0f} on {cores}"
+    cells += [f"{100 * consistent['mean']:.3f}", seconds]
     flags = "" if name == "default" else f" --recipe {name}"
-    assert f"| `python train.py{flags}` | {' | '.join(cells)} " in README
+    assert f"| `python train.py{flags}` | {' | '.join(cells)} |\n" in README
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*-ablation.json")))
