@@ -310,7 +310,8 @@ def carry_out(args, engine, path, state, command, started):
             if stop.signum is None:
                 advice = f"go on with --resume {rundir.path}"
                 raise RunError(f"another process of this run has ended; {advice}") from error
-        if stop.signum is not None:
+        stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
+        if stopped:
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
         else:
             run.report()
@@ -321,7 +322,7 @@ def carry_out(args, engine, path, state, command, started):
         pictures = run.draw() if run.predictions and rundir.writable else []
     for picture in pictures:
         say(f"picture  {picture}")
-    if stop.signum is not None and run.history:
+    if stopped and run.history:
         say(f"resume   python train.py --resume {rundir.path}")
     say(f"run      {rundir.path}")
     return stop.exit_status

@@ -11,7 +11,7 @@ import mnist
 import model
 from dataset import MNISTSum
 from device import NEVER, Engine
-from learner import Learner, evaluate, smoothed, train_epoch
+from learner import Learner, evaluate, restore, smoothed, train_epoch
 from recipes import Recipe, constant
 from rundir import RunError
 
@@ -88,6 +88,18 @@ def test_evaluation_pairs_each_image_with_every_addend(dataset, monkeypatch):
                 predictions.sum_log_probs[index, addend],
             )
             torch.testing.assert_close(found, (digit[0], total[0]), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_restored_is_the_network_that_was_trained(dataset):
+    recipe = replace(PLAIN, encoder="small")
+    learner = Learner.build(recipe, ENGINE, seed=0)
+    first = {name: value.clone() for name, value in learner.network.state_dict().items()}
+    train_epoch(learner, dataset, 0, 3, NEVER, BAR)
+    restored = restore({"recipe": recipe.as_plain(), **learner.state()})
+    assert not restored.training
+    for name, value in learner.network.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], value), name
+        assert not torch.equal(first[name], value), name
 
 
 def test_a_state_of_another_network_is_refused():

@@ -366,6 +366,14 @@ def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(workplace):
     assert "\r" not in err  # no bar where there is no terminal
 
 
+def test_ctrl_c_while_the_pictures_are_drawn_leaves_nothing_to_resume(job, monkeypatch):
+    monkeypatch.setattr(train.Run, "draw", lambda run: signal.raise_signal(signal.SIGINT) or [])
+    status, out, err = job(*FAST)
+    assert (status, err) == (130, "")
+    assert "result   test: " in out and "resume" not in out
+    assert result("runs/fast")["epochs"] == 1
+
+
 def test_an_interruption_when_all_is_done_denies_nothing(job, monkeypatch):
     def interrupted(text):
         if text.startswith("run "):  # the last line
