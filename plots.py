@@ -203,7 +203,7 @@ def reading_figure(
 ) -> Figure:
     """Pictures, what the network saw of them, and the probabilities that it gave: a row each.
 
-    originals: N pictures of Pillow's; pixels: N of (28, 28) uint8; digits: (N, 10) and sums:
+    originals: N pictures of Pillow's, RGB; pixels: N of (28, 28) uint8; digits: (N, 10) and sums:
     (N, 19), probabilities; titles: N lines.
     """
     figure = _figure("", height=2.4 * len(originals))
@@ -211,7 +211,7 @@ def reading_figure(
     for places, original, seen, *chances, title in zip(
         rows, originals, pixels, digits, sums, titles, strict=True
     ):
-        places[0].imshow(original.convert("RGB"))
+        places[0].imshow(original)
         places[0].set_xlabel("picture")
         places[1].imshow(seen, cmap="gray", vmin=0, vmax=255)
         places[1].set_xlabel("what the network saw")

@@ -20,7 +20,7 @@ from torch import nn
 
 from cli import UsageError, exit_status, predict_parser, say, warn
 from dataset import NUM_DIGITS, SIDE
-from handwriting import PictureError, prepare, read_picture
+from handwriting import PictureError, prepare, read_picture, upright
 from learner import restore
 from rundir import as_png, find_checkpoint, load_checkpoint, write_whole
 from scores import unsmoothed
@@ -136,6 +136,13 @@ def seconds_a_call(predictor, count):
     return statistics.median(times[2:])  # the first ones prepare the kernels
 
 
+def caveat(flags):
+    """What must be known of the data that a network was trained on; "" if nothing."""
+    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
+    dry = "a few batches of a dry run" if flags["dry_run"] else ""
+    return "; ".join(filter(None, [synthetic, dry]))
+
+
 def export(predictor, state, file):
     """Write the network with torch.export, for any number of pictures, and a model card beside it.
 
@@ -145,17 +152,20 @@ def export(predictor, state, file):
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad():
         program = torch.export.export(predictor, example, dynamic_shapes=(batch, batch))
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # the paths of this machine
     content = io.BytesIO()
     torch.export.save(program, content)
     flags, row = state["flags"], state["history"][-1]
-    paths = Path(file), Path(file).with_suffix(".md")
+    paths = Path(file), Path(f"{file}.md")
     card = MODEL_CARD.format(
         name=paths[0].name,
         recipe=flags["recipe"],
         parameters=sum(p.numel() for p in predictor.parameters()),
         epochs=row["epoch"],
         seed=flags["seed"],
-        dataset="MNIST" if flags["dataset"] == "mnist" else "synthetic digits, NOT MNIST",
+        dataset=caveat(flags) or "MNIST",
         digit=100 * row["test_digit_accuracy"],
         sum=100 * row["test_sum_accuracy"],
         threads=torch.get_num_threads(),
@@ -182,6 +192,8 @@ def run(argv):
         raise UsageError(f"--save-picture draws at most {DRAWN} pictures; name fewer")
     state = load_checkpoint(find_checkpoint(args.run))
     predictor = Predictor(state)
+    if unfit := caveat(state["flags"]):
+        warn(f"warning: the network was trained on {unfit}")
     if args.export:
         for path in export(predictor, state, args.export):
             say(f"exported {path}")
@@ -197,7 +209,8 @@ def run(argv):
 
             seen = [one.pixels for one in prepared]
             lines = [as_line(record) for record in records]
-            figure = plots.reading_figure(pictures, seen, digits, sums, lines)
+            shown = [upright(picture) for picture in pictures]
+            figure = plots.reading_figure(shown, seen, digits, sums, lines)
             write_whole(Path(args.save_picture), as_png(figure))
     for record in records:
         for text in record["warnings"]:

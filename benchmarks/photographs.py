@@ -47,7 +47,7 @@ def photograph(digit_image, rng, damage):
         digit_image: uint8 (28, 28), light on dark, as in MNIST.
         rng: where every choice comes from; the same state makes the same photograph.
         damage: one of `DAMAGES`.
-    Returns: an RGB picture, 300 to 1,600 pixels wide; after "exif" or "jpeg" one opened from
+    Returns: an RGB picture; after "exif" or "jpeg" one opened from
         JPEG bytes, so that its EXIF orientation is still to be followed.
     Raises: ValueError for an unknown damage.
     """

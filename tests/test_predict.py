@@ -4,15 +4,18 @@ import io
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import mnist
+import plots
 import predict
 import train
 from handwriting import prepare
@@ -130,7 +133,10 @@ def test_a_picture_without_ink_is_warned_of(command, workplace):
     assert json.loads(out)[0]["warnings"] and err.startswith("warning: white.png: ")
 
 
-@pytest.mark.parametrize("arguments", [["--add", "10"], ["--add", "-1"], [], ["--export", "x.txt"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--add", "10"], ["--add", "-1"], [], ["--export", "x.txt"], ["--save-picture", "x.jpg"]],
+)
 def test_wrong_usage_is_one_line_and_status_2(command, arguments):
     arguments = arguments and ["0.png", *arguments]
     status, out, err = command(*arguments)
@@ -160,9 +166,38 @@ def test_what_the_network_saw_is_drawn(command, pictures, workplace):
         assert seen.width == 1500 and seen.height > 500
 
 
+def test_what_is_drawn_is_the_picture_as_it_was_read(command, workplace, monkeypatch):
+    ink = Image.new("RGBA", (60, 40))  # transparent: white
+    ink.paste("black", (28, 8, 32, 32))
+    ink.save(workplace / "ink.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    ink.convert("RGB").save(workplace / "turned.jpg", exif=turned)
+    draw, drawn = plots.reading_figure, []
+    monkeypatch.setattr(plots, "reading_figure", lambda *a: drawn.extend(a[0]) or draw(*a))
+    assert command("ink.png", "turned.jpg", "--save-picture", "seen.png")[0] == 0
+    assert drawn[0].getextrema() == ((0, 255),) * 3
+    assert drawn[0].size == (60, 40) and drawn[1].size == (40, 60)
+
+
+@pytest.mark.parametrize(
+    "flags, told", [({"dataset": "synthetic"}, "NOT MNIST"), ({"dry_run": True}, "dry run")]
+)
+def test_a_network_that_learned_no_mnist_is_warned_of(command, trained, pictures, flags, told):
+    state = load_checkpoint(trained / "last.pt")
+    state["flags"] |= flags
+    torch.save(state, trained / "last.pt")
+    status, _, err = command("0.png", "--export", "digits.pt2")
+    assert status == 0 and re.match(f"warning: [^\n]*{told}", err)
+    assert told in Path("digits.pt2.md").read_text()
+
+
 def test_the_exported_network_is_the_network_and_its_card_says_how_to_call_it(command, trained):
     status, out, _ = command("--export", "digits.pt2")
-    assert status == 0 and out == "exported digits.pt2\nexported digits.md\n"
+    assert status == 0 and out == "exported digits.pt2\nexported digits.pt2.md\n"
+    with zipfile.ZipFile("digits.pt2") as archive:  # no paths of this machine
+        for part in archive.namelist():
+            assert str(ROOT).encode() not in archive.read(part), part
     predictor = predict.Predictor(load_checkpoint(trained / "last.pt"))
     exported = torch.export.load("digits.pt2").module()
     for count in (1, 2, 40):
@@ -174,7 +209,7 @@ def test_the_exported_network_is_the_network_and_its_card_says_how_to_call_it(co
     digit, _ = exported(DIGITS.data, torch.zeros(40).long())
     assert (digit.argmax(dim=1) == DIGITS.targets).sum() >= 36
 
-    card = Path("digits.md").read_text()
+    card = Path("digits.pt2.md").read_text()
     names = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), names)
     assert names["digit_probabilities"].shape == (1, 10)
