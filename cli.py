@@ -11,6 +11,7 @@ import textwrap
 import torch
 
 from dataset import NUM_DIGITS, DataError
+from device import DeviceError
 from recipes import RECIPES, Recipe
 from rundir import LAST, RunError, find_checkpoint, load_checkpoint
 from scores import TrainingError
@@ -28,15 +29,15 @@ def legible(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def say(text, file=None):
-    """Print lines; of the processes that torchrun starts, the first one alone does."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text, file=None, by_any=False):
+    """Print lines; of the processes that torchrun starts the first one does, or any that calls."""
+    if by_any or os.environ.get("RANK", "0") == "0":
         print(*map(legible, text.split("\n")), sep="\n", file=file, flush=True)
 
 
-def warn(text):
-    """Print a line to stderr."""
-    say(legible(text), file=sys.stderr)
+def warn(text, by_any=False):
+    """Print a line to stderr. See `say`."""
+    say(legible(text), sys.stderr, by_any)
 
 
 class UsageError(Exception):
@@ -123,7 +124,7 @@ def train_parser(manual):
     flag("--data-dir", type=folder, default="data", metavar="DIR", help=text)
     text = "auto, cpu, cuda, cuda:N or mps; the CPU if missing (default: auto)"
     flag("--device", type=device, default="auto", help=text)
-    text = "auto: bf16 where the processor has it (default: auto)"
+    text = "auto: bf16 on GPUs and x86 processors that have it (default: auto)"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
     text = "on a GPU: the same bits at each run, for some time more"
     flag("--deterministic", action="store_true", help=text)
@@ -155,7 +156,8 @@ def predict_parser(manual):
     text = "print a list of objects for programs"
     parser.add_argument("--json", action="store_true", help=text)
     text = "draw what the network saw, and its probabilities"
-    parser.add_argument("--save-picture", type=folder, metavar="FILE", help=text)
+    drawn = matching(r"[^\0]+\.png", "a file's name that ends in .png")
+    parser.add_argument("--save-picture", type=drawn, metavar="FILE.png", help=text)
     text = "write the network with torch.export, and a model card beside it"
     exported = matching(r"[^\0]+\.pt2", "a file's name that ends in .pt2")
     parser.add_argument("--export", type=exported, metavar="FILE.pt2", help=text)
@@ -246,8 +248,11 @@ def exit_status(command):
     except (DataError, RunError, TrainingError) as error:
         warn(f"error: {error}")
         return 1
+    except DeviceError as error:
+        warn(f"error: {error}", by_any=True)  # it may be this process's alone
+        return 1
     except torch.OutOfMemoryError as error:
-        warn(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size")
+        warn(f"error: {str(error).splitlines()[0]}; try a smaller --batch-size", by_any=True)
         return 1
     except OSError as error:  # all others are caught where they arise
         if error.filename is None:  # stdout's, it seems: Python would try again, and complain

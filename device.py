@@ -14,6 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 0}
 
 
+class DeviceError(Exception):
+    """This process's device can't be used; the message says what to do."""
+
+
 class Engine(NamedTuple):
     """A device that was tried, its precision, and this process's place among those that share.
 
@@ -45,6 +49,19 @@ class Engine(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def share_buffers(self, network):
+        """Rank 0's running statistics for all: between two steps each process has its own."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def agrees(self, value):
+        """Whether all processes have this value."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values == [value] * self.world
+
     def autocast(self):
         """The context in which a network's forward pass has the engine's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -65,6 +82,9 @@ def pick_engine(device="auto", precision="auto", deterministic=False):
 
     What was wished for is tried by a small allocation; what fails that gives way to the CPU. `auto`
     takes CUDA, else MPS, else the CPU. Under torchrun each process of a machine has its own GPU.
+
+    Raises:
+        DeviceError: one of several processes has no use of its GPU; the others would wait for it.
     """
     rank, world, local, neighbours = (int(os.environ.get(*place)) for place in PLACE.items())
     reason, fell_back = "as asked", False
@@ -72,7 +92,7 @@ def pick_engine(device="auto", precision="auto", deterministic=False):
         has_mps = torch.backends.mps.is_available() and world == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
         reason = "no GPU here" if device == "cpu" else "found here"
-    if device.startswith("cuda") and world > 1:
+    if device == "cuda" or device.startswith("cuda") and world > 1:
         device = f"cuda:{local}"
     try:
         if device.startswith("cuda") and torch.cuda.device_count() < neighbours:
@@ -80,6 +100,8 @@ def pick_engine(device="auto", precision="auto", deterministic=False):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
         reason, fell_back = f"{device} failed: {str(error).strip().splitlines()[0]}", True
+        if world > 1 and torch.cuda.device_count() >= neighbours:
+            raise DeviceError(f"{reason}; mend that, or give --device cpu") from error
         device = "cpu"
     device = torch.device(device)
     if device.type == "cuda":
@@ -87,7 +109,9 @@ def pick_engine(device="auto", precision="auto", deterministic=False):
         # cuBLAS reads it at its start, and is deterministic only with it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says
+    # On MPS the gradient of pooling has no deterministic form, which is worth a warning, no more.
+    torch.use_deterministic_algorithms(deterministic, warn_only=device.type == "mps")
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
     return Engine(device, precision, rank, world, reason, fell_back)

@@ -93,6 +93,7 @@ def train_epoch(learner, dataset, step, total_steps, stop, bar):
         bar.update()
         if step % BAR_EVERY == 0 and not bar.disable:
             bar.set_postfix(digit=f"{digit_loss.item():.3f}", sum=f"{sum_loss.item():.3f}")
+    engine.share_buffers(learner.network)
     record = engine.add_up(torch.stack(record)).cpu().double()
     return torch.cat([record, torch.tensor(sizes)], dim=1)
 

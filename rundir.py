@@ -115,9 +115,26 @@ class RunDir:
             yield
             return
         with self.held():
-            for leftover in self.path.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            for kind in ("csv", "json", "png", "pt"):
+                for leftover in self.path.glob(f".*.{kind}.tmp"):
+                    leftover.unlink(missing_ok=True)
             yield
+
+    def abandon(self):
+        """Take away what a run without a checkpoint leaves, and the folder if it is empty then."""
+        self.remove("args.json")
+        if self.writable:
+            with suppress(OSError):  # it has files of others
+                self.path.rmdir()
+
+    def has(self, name):
+        """Whether there is a file of this name."""
+        return (self.path / name).exists()
+
+    def remove(self, name):
+        """Remove the file `name` if there is one."""
+        if self.writable:
+            (self.path / name).unlink(missing_ok=True)
 
     def write(self, name, content):
         """Write bytes to the file `name`, which has either its old content or all of the new."""

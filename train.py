@@ -155,6 +155,7 @@ class Run:
         state = self.settings | {"history": self.history, "curve": self.curve}
         state |= {"seconds": time.perf_counter() - self.started, **self.learner.state()}
         self.rundir.save_checkpoint(LAST, state)
+        self.rundir.remove("results.json")  # of the shorter run that this one goes on from
         self.keep_best(state)
         self.rundir.save_history(self.history)
 
@@ -197,7 +198,9 @@ class Run:
         return [self.rundir.save_figure(name, figure) for name, figure in figures.items()]
 
     def report(self):
-        """Write results.json."""
+        """Write results.json, but where it stands: after a call that trained nothing."""
+        if self.rundir.has("results.json"):
+            return
         seconds = {
             "train_seconds": round(sum(row["train_seconds"] for row in self.history), 3),
             "total_seconds": round(time.perf_counter() - self.started, 3),
@@ -270,6 +273,9 @@ def carry_out(args, engine, path, state, command, started):
 
     recipe = resolve_recipe(args)
     source = mnist.load(args.dataset, args.data_dir, warn)
+    if not engine.agrees(source.name):
+        advice = "put it into each one's --data-dir, or give --dataset synthetic"
+        raise RunError(f"some processes have MNIST, and some have not; {advice}")
     args.dataset = source.name  # a run that is resumed is never given the other
     settings = {"flags": lasting(args), "recipe": recipe.as_plain()}
     train_set, held_out = make_datasets(source, recipe, args, engine.device)
@@ -305,14 +311,17 @@ def carry_out(args, engine, path, state, command, started):
         except Stopped:
             pass
         except RuntimeError as error:  # what a process meets when another one has gone
-            if engine.world == 1:
+            if engine.world == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
             if stop.signum is None:
-                advice = f"go on with --resume {rundir.path}"
-                raise RunError(f"another process of this run has ended; {advice}") from error
+                cause = str(error).strip().splitlines()[0]
+                advice = f"go on with --resume {rundir.path}" if run.history else "begin it again"
+                raise RunError(f"a process of this run failed: {cause}; {advice}") from error
         stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
         if stopped:
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
+            if not run.history:
+                rundir.abandon()
         else:
             run.report()
             seconds = sum(row["train_seconds"] for row in run.history)
@@ -323,8 +332,9 @@ def carry_out(args, engine, path, state, command, started):
     for picture in pictures:
         say(f"picture  {picture}")
     if stopped and run.history:
-        say(f"resume   python train.py --resume {rundir.path}")
-    say(f"run      {rundir.path}")
+        say(f"resume   python train.py --resume {shlex.quote(str(rundir.path))}")
+    if run.history:
+        say(f"run      {rundir.path}")
     return stop.exit_status
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -15,6 +16,10 @@ from test_train import rows
 
 import mnist
 import train
+from dataset import MNISTSum
+from device import Engine
+from learner import evaluate, restore
+from rundir import load_checkpoint
 
 # A last batch of one image is left when 12 are taken at a time: the second process gets none of it.
 IMAGES = {"train": 25, "test": 11}
@@ -80,13 +85,47 @@ def take_part(rank, port):
     conftest.add_toy_recipe()
 
 
-@pytest.mark.parametrize("fault", ["a process dies", "a signal"])
-def test_processes_end_together_and_keep_the_last_whole_epoch(place, fault):
+def take_part_without_mnist(rank, port):
+    """The same, but the second process can't have MNIST."""
+    take_part(rank, port)
+    if rank:
+        small = mnist.Source("synthetic", *(mnist.stand_in(part, 25) for part in IMAGES))
+        mnist.load = lambda *arguments: small
+
+
+@pytest.fixture
+def two():
+    """Starts the job as two processes: two(flag, ...) -> both."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    flags = [*FLAGS[:-1], "--epochs", "10000", "--output-dir", "run"]
-    first, second = (
-        Job(*flags, prepare=functools.partial(take_part, rank, store.port)) for rank in range(2)
-    )
+
+    def start(*flags, prepare=take_part):
+        ranks = (functools.partial(prepare, rank, store.port) for rank in range(2))
+        return [Job(*FLAGS[:-1], *flags, "--output-dir", "run", prepare=rank) for rank in ranks]
+
+    return start
+
+
+def test_figures_are_those_of_the_checkpoint_with_batch_norm_too(place, two):
+    for job in two("--recipe", "fast", "--batch-size", "13"):
+        assert job.end()[0] == 0
+    state = load_checkpoint("run/last.pt")
+    learner = SimpleNamespace(network=restore(state), engine=Engine(torch.device("cpu")))
+    test = MNISTSum(mnist.load("mnist", "data", print).test, "test")
+    for name, value in evaluate(learner, test).score().items():
+        if name != "consistency":
+            assert value == pytest.approx(state["history"][-1][f"test_{name}"], rel=1e-4), name
+
+
+def test_processes_that_have_other_data_are_told_so(place, two):
+    ends = [job.end() for job in two("--epochs", "1", prepare=take_part_without_mnist)]
+    assert [end[0] for end in ends] == [1, 1]
+    assert re.fullmatch("error: some processes have MNIST[^\n]+; [^\n]+\n", ends[0][2])
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("fault", ["a process dies", "a signal"])
+def test_processes_end_together_and_keep_the_last_whole_epoch(place, two, fault):
+    first, second = two("--epochs", "10000")
     first.wait_for("\nepoch")
     if fault == "a process dies":
         second.signal(signal.SIGKILL)
@@ -96,7 +135,7 @@ def test_processes_end_together_and_keep_the_last_whole_epoch(place, fault):
     status, _, err = first.end()
     assert second.end()[0] != 0
     # After a signal, the first may see the second go before it looks for the signal.
-    left = "^error: another process of this run has ended; "
+    left = "^error: a process of this run failed: .*; go on with --resume run"
     stopped = "^stopped: " if fault == "a signal" else left
     assert status in (1, 143) and re.search(f"{stopped}|{left}", err, re.MULTILINE), err
     assert "Traceback" not in err

@@ -27,7 +27,7 @@ from locks import CAN_LOCK, folder_lock
 from recipes import RECIPES
 from rundir import RunDir
 
-FAST = ["--recipe", "fast", "--batch-size", 100]
+FAST = ["--recipe", "fast", "--batch-size", 100, "--device", "cpu"]
 PICTURES = ["loss", "accuracy", "confusion_matrix", "predictions", "mistakes"]
 COLUMNS = (
     "epoch,lr,train_digit_loss,train_sum_loss,train_digit_accuracy,train_sum_accuracy,"
@@ -108,6 +108,7 @@ def test_a_checkpoint_holds_plain_types_and_tensors(job):
 def test_every_recipe_runs_and_repeats_to_the_bit(job, monkeypatch, name):
     monkeypatch.setattr(train, "DRY_IMAGES", 10)
     flags = f"--recipe {name} --dry-run --batch-size 4 --val-size 20 --epochs 1 -q".split()
+    flags += ["--device", "cpu"]
     for folder in ("one", "two"):
         status, _, err = job(*flags, "--output-dir", folder)
         assert (status, err) == (0, "")
@@ -364,6 +365,28 @@ def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(workplace):
         Image.open(workplace / f"runs/fast/{name}.png").load()
     assert not (workplace / "runs/fast/results.json").exists()
     assert "\r" not in err  # no bar where there is no terminal
+
+
+def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(job, monkeypatch):
+    begin = train.train_epoch
+    interrupt = partial(signal.raise_signal, signal.SIGINT)
+    monkeypatch.setattr(train, "train_epoch", lambda *rest: interrupt() or begin(*rest))
+    status, out, err = job(*FAST)
+    assert (status, err) == (130, "stopped: 0 of 1 epochs are done\n")
+    assert not Path("runs/fast").exists() and out.count("runs/fast") == 1
+
+
+def test_figures_are_those_of_the_last_checkpoint_when_more_epochs_were_stopped(job, monkeypatch):
+    assert job(*FAST)[0] == 0
+    before = Path("runs/fast/results.json").read_bytes()
+    assert job("--resume", "runs/fast")[0] == 0
+    assert Path("runs/fast/results.json").read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "epoch_line", lambda *row: signal.raise_signal(signal.SIGINT) or "")
+        assert job("--resume", "runs/fast", "--epochs", 3)[0] == 130
+    assert len(rows("runs/fast")) == 2 and not Path("runs/fast/results.json").exists()
+    assert job("--resume", "runs/fast", "--epochs", 3)[0] == 0
+    assert result("runs/fast")["epochs"] == 3
 
 
 def test_ctrl_c_while_the_pictures_are_drawn_leaves_nothing_to_resume(job, monkeypatch):
