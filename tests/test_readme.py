@@ -89,10 +89,11 @@ def test_its_result_table_is_what_the_benchmark_wrote(name):
     assert f"| `python train.py{flags}` | {' | '.join(cells)} |\n" in README
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*-ablation.json")))
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")))
 def test_the_tables_of_ablations_are_what_the_benchmark_wrote(path):
-    rows = json.loads(path.read_text())["rows"]
-    assert seeds.comparison(rows) in (ROOT / "results" / "search.md").read_text()
+    rows = json.loads(path.read_text()).get("rows", {})
+    if len(rows) > 1:
+        assert seeds.comparison(rows) in README + (ROOT / "results" / "search.md").read_text()
 
 
 def test_files_and_modules_that_it_names_exist():
