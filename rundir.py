@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import zipfile
 import zlib
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,6 +39,11 @@ class RunDir:
 
     def __init__(self, path, writable=True, new=False):
         self.path, self.writable, self.new = Path(path), writable, new
+
+    @property
+    def resume(self):
+        """The flag that goes on with this run, quoted for a shell."""
+        return f"--resume {shlex.quote(str(self.path))}"
 
     @classmethod
     def create(cls, name, output_dir=None):
@@ -139,7 +145,7 @@ class RunDir:
     def write(self, name, content):
         """Write bytes to the file `name`, which has either its old content or all of the new."""
         if self.writable:
-            write_whole(self.path / name, content, f"mend that and go on with --resume {self.path}")
+            write_whole(self.path / name, content, f"mend that and go on with {self.resume}")
 
     def save_checkpoint(self, name, state):
         """Save a dict of plain values and tensors, so that `weights_only=True` can load it."""

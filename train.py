@@ -315,7 +315,7 @@ def carry_out(args, engine, path, state, command, started):
                 raise
             if stop.signum is None:
                 cause = str(error).strip().splitlines()[0]
-                advice = f"go on with --resume {rundir.path}" if run.history else "begin it again"
+                advice = f"go on with {rundir.resume}" if run.history else "begin it again"
                 raise RunError(f"a process of this run failed: {cause}; {advice}") from error
         stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
         if stopped:
@@ -332,7 +332,7 @@ def carry_out(args, engine, path, state, command, started):
     for picture in pictures:
         say(f"picture  {picture}")
     if stopped and run.history:
-        say(f"resume   python train.py --resume {shlex.quote(str(rundir.path))}")
+        say(f"resume   python train.py {rundir.resume}")
     if run.history:
         say(f"run      {rundir.path}")
     return stop.exit_status

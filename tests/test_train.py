@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -351,19 +352,22 @@ def test_a_loss_that_breaks_ends_the_run_and_keeps_the_epochs_before(job, toy_re
 
 
 def test_ctrl_c_keeps_the_last_whole_epoch_and_its_pictures(workplace):
-    job = Job(*FAST, "--epochs", 1000, draw=train.Run.draw)
+    job = Job(*FAST, "--epochs", 1000, "--name", "my run", draw=train.Run.draw)
     job.wait_for("epoch    2/1000")
     time.sleep(0.1)
     job.signal(signal.SIGINT)
-    status, _, err = job.end()
+    status, out, err = job.end()
     assert status == 130, err
     assert re.search(r"stopped: \d+ of 1000 epochs", err) and "Traceback" not in err
-    history = rows(workplace / "runs/fast")
-    state = torch.load(workplace / "runs/fast/last.pt", weights_only=True)
+    run = workplace / "runs/my run"
+    history = rows(run)
+    state = torch.load(run / "last.pt", weights_only=True)
     assert 2 <= len(history) == len(state["history"]) < 1000
     for name in PICTURES:
-        Image.open(workplace / f"runs/fast/{name}.png").load()
-    assert not (workplace / "runs/fast/results.json").exists()
+        Image.open(run / f"{name}.png").load()
+    assert not (run / "results.json").exists()
+    hint = re.search("^resume   python train.py (.*)$", out, re.MULTILINE)[1]
+    assert shlex.split(hint) == ["--resume", "runs/my run"]
     assert "\r" not in err  # no bar where there is no terminal
 
 
