@@ -20,6 +20,7 @@ from scores import TrainingError
 PASSING = {"resume", "eval_only", "quiet", "name", "output_dir"}
 FIXED = {"recipe", "encoder", "join", "seed", "dataset", "dry_run"}
 FIXED |= {"addends", "val_size", "affine", "mean", "std", "drop_last"}
+FIXED |= {"optimizer", "optimizer_options"}  # a checkpoint brings back those that it was made with
 
 DRY_EPOCHS = 2  # at most, in a dry run
 
@@ -126,7 +127,7 @@ def train_parser(manual):
     flag("--device", type=device, default="auto", help=text)
     text = "auto: bf16 on GPUs and x86 processors that have it (default: auto)"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
-    text = "on a GPU: the same bits at each run, for some time more"
+    text = "on a GPU: the same bits at each run, but slower"
     flag("--deterministic", action="store_true", help=text)
     group = parser.add_argument_group("output")
     place = group.add_mutually_exclusive_group()

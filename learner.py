@@ -92,7 +92,8 @@ def train_epoch(learner, dataset, step, total_steps, stop, bar):
         step += 1
         bar.update()
         if step % BAR_EVERY == 0 and not bar.disable:
-            bar.set_postfix(digit=f"{digit_loss.item():.3f}", sum=f"{sum_loss.item():.3f}")
+            losses = {"digit": digit_loss, "sum": sum_loss}
+            bar.set_postfix({k: f"{engine.world * v.item():.3f}" for k, v in losses.items()})
     engine.share_buffers(learner.network)
     record = engine.add_up(torch.stack(record)).cpu().double()
     return torch.cat([record, torch.tensor(sizes)], dim=1)

@@ -69,12 +69,13 @@ class Predictor(nn.Module):
         return tuple(unsmoothed(log_probs.exp(), self.smoothing) for log_probs in both)
 
 
-def read(files):
+def read(files, keep):
     """Read and prepare pictures; those that can't be read are reported on stderr.
 
-    Returns three lists: the files that could be read, their pictures, the pictures prepared.
+    Returns three lists: the files that could be read, the pictures prepared, and, if they are to be
+    kept, the pictures themselves: those of a folder of photographs might not fit into memory.
     """
-    readable, pictures, prepared = [], [], []
+    readable, prepared, pictures = [], [], []
     for file in files:
         try:
             picture = read_picture(sys.stdin.buffer if file == "-" else file)
@@ -83,8 +84,9 @@ def read(files):
             warn(f"error: {file}: {error}")
         else:
             readable.append(file)
-            pictures.append(picture)
-    return readable, pictures, prepared
+            if keep:
+                pictures.append(picture)
+    return readable, prepared, pictures
 
 
 @torch.no_grad()
@@ -196,8 +198,8 @@ def run(argv):
         warn(f"warning: the network was trained on {unfit}")
     if args.export:
         for path in export(predictor, state, args.export):
-            say(f"exported {path}")
-    files, pictures, prepared = read(args.image)
+            say(f"exported {path}", sys.stderr if args.json else sys.stdout)
+    files, prepared, pictures = read(args.image, keep=bool(args.save_picture))
     records = []
     if files:
         digits, sums = predict(predictor, prepared, args.add)

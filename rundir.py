@@ -43,7 +43,12 @@ class RunDir:
     @property
     def resume(self):
         """The flag that goes on with this run, quoted for a shell."""
-        return f"--resume {shlex.quote(str(self.path))}"
+        return f"--resume {shlex.quote(self.path.as_posix())}"
+
+    @property
+    def way_on(self):
+        """What to do after a failure, to lose nothing that was kept."""
+        return f"go on with {self.resume}" if self.has(LAST) else "begin the run again"
 
     @classmethod
     def create(cls, name, output_dir=None):
@@ -145,7 +150,7 @@ class RunDir:
     def write(self, name, content):
         """Write bytes to the file `name`, which has either its old content or all of the new."""
         if self.writable:
-            write_whole(self.path / name, content, f"mend that and go on with {self.resume}")
+            write_whole(self.path / name, content, f"mend that and {self.way_on}")
 
     def save_checkpoint(self, name, state):
         """Save a dict of plain values and tensors, so that `weights_only=True` can load it."""

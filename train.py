@@ -152,10 +152,10 @@ class Run:
 
     def save(self):
         """Save the epoch just done: the checkpoint first, as all else can be made from it."""
+        self.rundir.remove("results.json")  # of the shorter run that this one goes on from
         state = self.settings | {"history": self.history, "curve": self.curve}
         state |= {"seconds": time.perf_counter() - self.started, **self.learner.state()}
         self.rundir.save_checkpoint(LAST, state)
-        self.rundir.remove("results.json")  # of the shorter run that this one goes on from
         self.keep_best(state)
         self.rundir.save_history(self.history)
 
@@ -302,11 +302,12 @@ def carry_out(args, engine, path, state, command, started):
     hidden = args.quiet or engine.rank or os.environ.get("TQDM_DISABLE")
     bar = partial(tqdm, total=steps, leave=False, disable=True if hidden else None)  # None: no tty
     with rundir.working(), stop_on_signals() as stop:
-        rundir.save_json("args.json", {"command": command, **facts, **settings})
         run = Run(learner, train_set, held_out, steps, rundir, facts, settings, tell, bar, started)
         try:
             if state:
                 run.take_up(path, stop)
+            if len(run.history) < recipe.epochs:  # else this call is not what made the run
+                rundir.save_json("args.json", {"command": command, **facts, **settings})
             run.train(stop)
         except Stopped:
             pass
@@ -315,8 +316,8 @@ def carry_out(args, engine, path, state, command, started):
                 raise
             if stop.signum is None:
                 cause = str(error).strip().splitlines()[0]
-                advice = f"go on with {rundir.resume}" if run.history else "begin it again"
-                raise RunError(f"a process of this run failed: {cause}; {advice}") from error
+                failure = f"a process of this run failed: {cause}; {rundir.way_on}"
+                raise RunError(failure) from error
         stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
         if stopped:
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")

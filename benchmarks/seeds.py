@@ -45,6 +45,7 @@ from rundir import LAST  # noqa: E402
 KINDS = {"affine": lambda limits: limits and Affine(*limits)}
 KINDS["schedule"] = lambda name: getattr(recipes, name)
 FILES = ("results", "args")
+TRAIN_IMAGES = 60_000
 
 
 def multiply_adds(recipe):
@@ -53,6 +54,12 @@ def multiply_adds(recipe):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, NUM_DIGITS))
     return counter.get_total_flops() // 2
+
+
+def training_flops(recipe):
+    """FLOPs of a run to a recipe's row: the backward pass of an image counted as two forward."""
+    images = recipe["epochs"] * (TRAIN_IMAGES - recipe["val_size"])
+    return 6 * multiply_adds(recipe) * images
 
 
 def varied(recipe, changes):
@@ -115,13 +122,12 @@ def run_seeds(name, folder, args):
         accuracies = "  ".join(f"{key} {100 * value:.3f}" for key, value in figures.items())
         print(f"{name}  seed {seed}  {accuracies}  {results['train_seconds']:.1f} s", flush=True)
     recipe = settings["recipe"]
-    images = recipe["epochs"] * (60_000 - recipe["val_size"])
     each = {key: [run[0][key] for run in runs] for key in figures}
     return {
         **{key: results[key] for key in ("dataset", "device", "precision", "threads", "versions")},
         "settings": recipe,
         "parameters": results["parameters"],
-        "training_flops": 6 * multiply_adds(recipe) * images,
+        "training_flops": training_flops(recipe),
         "each": each,
         "figures": {key: summary(values) for key, values in each.items()},
         "train_seconds": summary([run[1]["train_seconds"] for run in runs]),

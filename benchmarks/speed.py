@@ -24,7 +24,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from seeds import ROOT, commit, multiply_adds, processor, summary  # puts the program on the path
+from seeds import (  # puts the program on the path
+    ROOT,
+    TRAIN_IMAGES,
+    commit,
+    multiply_adds,
+    processor,
+    summary,
+)
 
 from cli import train_parser
 from device import pick_engine
@@ -32,7 +39,6 @@ from device import pick_engine
 RESULTS = ROOT / "results" / "speed.json"
 MARK = 0.99  # of both heads, on the test set
 HEADS = ("digit_accuracy", "sum_accuracy")
-TRAIN_IMAGES = 60_000
 EPOCHS = ("--epochs", "3")  # of which the median counts, where the flags don't say otherwise
 
 

@@ -18,14 +18,13 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parent
 sys.path[:0] = [str(RESULTS.parent), str(RESULTS.parent / "benchmarks")]
 
-from seeds import multiply_adds  # noqa: E402
+from seeds import training_flops  # noqa: E402
 
 import model  # noqa: E402
 import plots  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from rundir import as_png, write_whole  # noqa: E402
 
-IMAGES = 60_000  # in MNIST's training set
 NONE = "–"
 
 
@@ -115,7 +114,6 @@ def row(name, published):
     """A recipe's row of the table, cell by cell; `published` is None for one of our own."""
     recipe = RECIPES[name]
     parameters = model.count_parameters(model.build(recipe.encoder, recipe.join))
-    flops = 6 * multiply_adds(recipe.as_plain()) * recipe.epochs * (IMAGES - recipe.val_size)
     ours = seconds = NONE
     if results := read_results(name, parameters):
         heads = ("digit", "sum", "both")
@@ -126,7 +124,7 @@ def row(name, published):
         cores = f" x {results['threads']}" if device == "cpu" else ""
         seconds = f"{results['train_seconds']:,.0f} ({device}{cores}, {results['precision']})"
     theirs = shares(*published[1:]) if published else NONE
-    cost = f"{flops:.1e}".replace("e+", "e")
+    cost = f"{training_flops(recipe.as_plain()):.1e}".replace("e+", "e")
     return [f"`{name}`", theirs, ours, f"{parameters:,}", str(recipe.epochs), cost, seconds]
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,20 @@ def test_many_pictures_are_read_and_told_apart_by_their_names(command, pictures)
     assert set(records[0]) == keys
     _, lines, _ = command(*[file for file, _ in pictures[:3]])
     assert [line.split(":")[0] for line in lines.splitlines()] == ["0.png", "1.png", "2.png"]
+
+
+def test_pictures_do_not_pile_up_in_memory(command, pictures, monkeypatch):
+    read, seen, alive = predict.read_picture, [], []
+
+    def read_picture(file):
+        picture = read(file)
+        seen.append(weakref.ref(picture))
+        alive.append(sum(one() is not None for one in seen))
+        return picture
+
+    monkeypatch.setattr(predict, "read_picture", read_picture)
+    assert command(*[file for file, _ in pictures[:5]])[0] == 0
+    assert len(alive) == 5 and max(alive) <= 2  # the one that is read, and the one before it
 
 
 def test_more_pictures_than_a_batch_give_what_each_gives_alone(trained, monkeypatch):
@@ -190,6 +205,11 @@ def test_a_network_that_learned_no_mnist_is_warned_of(command, trained, pictures
     status, _, err = command("0.png", "--export", "digits.pt2")
     assert status == 0 and re.match(f"warning: [^\n]*{told}", err)
     assert told in Path("digits.pt2.md").read_text()
+
+
+def test_an_export_leaves_the_output_to_the_records(command, pictures):
+    status, out, err = command("0.png", "--json", "--export", "digits.pt2")
+    assert status == 0 and len(json.loads(out)) == 1 and "exported digits.pt2\n" in err
 
 
 def test_the_exported_network_is_the_network_and_its_card_says_how_to_call_it(command, trained):

@@ -1,5 +1,6 @@
 """The README says what is so: its commands parse, and its tables are those of the program."""
 
+import collections
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from unittest.mock import ANY
 
+import photographs
 import pytest
 import seeds
 from conftest import ROOT
@@ -89,11 +91,27 @@ def test_its_result_table_is_what_the_benchmark_wrote(name):
     assert f"| `python train.py{flags}` | {' | '.join(cells)} |\n" in README
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")))
-def test_the_tables_of_ablations_are_what_the_benchmark_wrote(path):
-    rows = json.loads(path.read_text()).get("rows", {})
-    if len(rows) > 1:
-        assert seeds.comparison(rows) in README + (ROOT / "results" / "search.md").read_text()
+def ablations():
+    """The rows of each benchmark that compares some: name -> row by name."""
+    every = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")}
+    return {name: kept["rows"] for name, kept in every.items() if len(kept.get("rows", ())) > 1}
+
+
+@pytest.mark.parametrize("name", sorted(ablations()))
+def test_the_tables_of_ablations_are_what_the_benchmark_wrote(name):
+    shown = README + (ROOT / "results" / "search.md").read_text()
+    assert seeds.comparison(ablations()[name]) in shown
+
+
+def test_its_table_of_photographs_is_what_the_benchmark_wrote(capsys):
+    kept = json.loads((ROOT / "results" / "photographs.json").read_text())
+    totals = collections.Counter()
+    for name, row in kept["right"].items():
+        photographs.print_row(name, row, kept["count"])
+        totals.update(row)
+    every = kept["count"] * len(kept["right"])
+    photographs.print_row(f"of {every}", totals, every)
+    assert capsys.readouterr().out in README
 
 
 def test_files_and_modules_that_it_names_exist():
@@ -104,4 +122,7 @@ def test_files_and_modules_that_it_names_exist():
 
 
 def test_ci_runs_the_test_command():
-    assert "-m pytest" in README and "eval" in (ROOT / ".ci/run").read_text()
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("eval "))
+    told = subprocess.check_output(["bash", "-c", f"echo {line[5:]}"], cwd=ROOT, text=True)
+    assert told in BLOCKS and told.endswith(" -m pytest\n")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -312,6 +313,16 @@ def test_what_a_resumed_run_refuses_is_one_line(job, change):
     assert (status, out) == (2, "") and one_line(err), err
 
 
+@pytest.mark.parametrize("column", [{"optimizer": "RMSprop"}, {"optimizer_options": {"eps": 0.1}}])
+def test_a_row_that_was_changed_in_the_table_is_another_experiment(
+    job, toy_recipe, monkeypatch, column
+):
+    assert job("--recipe", "toy", "--epochs", 1)[0] == 0
+    monkeypatch.setitem(RECIPES, "toy", dataclasses.replace(TOY, **column))
+    status, _, err = job("--resume", "runs/toy", "--epochs", 2)
+    assert status == 2 and one_line(err) and "another experiment" in err, err
+
+
 def test_a_refused_number_comes_with_its_legal_range(job):
     assert "from 1 to 100000" in job("--epochs", "0")[2]
 
@@ -383,14 +394,55 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(job, monkeypatch):
 def test_figures_are_those_of_the_last_checkpoint_when_more_epochs_were_stopped(job, monkeypatch):
     assert job(*FAST)[0] == 0
     before = Path("runs/fast/results.json").read_bytes()
-    assert job("--resume", "runs/fast")[0] == 0
+    made = Path("runs/fast/args.json").read_bytes()
+    assert job("--resume", "runs/fast", "--lr", 0.5)[0] == 0  # nothing is left to train
     assert Path("runs/fast/results.json").read_bytes() == before
+    assert Path("runs/fast/args.json").read_bytes() == made
     with monkeypatch.context() as patch:
         patch.setattr(train, "epoch_line", lambda *row: signal.raise_signal(signal.SIGINT) or "")
         assert job("--resume", "runs/fast", "--epochs", 3)[0] == 130
     assert len(rows("runs/fast")) == 2 and not Path("runs/fast/results.json").exists()
     assert job("--resume", "runs/fast", "--epochs", 3)[0] == 0
     assert result("runs/fast")["epochs"] == 3
+
+
+def test_figures_are_those_of_the_last_checkpoint_when_it_was_all_that_was_written(
+    job, monkeypatch
+):
+    def killed_after(rundir, name, state):
+        save(rundir, name, state)
+        raise SystemExit
+
+    assert job(*FAST)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        save = RunDir.save_checkpoint
+        patch.setattr(RunDir, "save_checkpoint", killed_after)
+        job("--resume", "runs/fast", "--epochs", 2)
+    assert job("--resume", "runs/fast")[0] == 0
+    assert len(rows("runs/fast")) == 2 == result("runs/fast")["epochs"]
+
+
+@pytest.mark.parametrize(
+    "name, number, advice",
+    [
+        ("args.json", 1, "begin the run again"),
+        ("last.pt", 1, "begin the run again"),
+        ("last.pt", 2, "go on with --resume runs/fast"),
+    ],
+)
+def test_what_to_do_after_a_failed_write_can_be_done(job, monkeypatch, name, number, advice):
+    numbers, write = itertools.count(1), RunDir.write
+
+    def fails(rundir, file, content):
+        failing = file == name and next(numbers) == number
+        write(rundir, f"{file}/none" if failing else file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "write", fails)
+        status, _, err = job(*FAST, "--epochs", 2)
+    assert status == 1 and one_line(err) and err.endswith(f"; mend that and {advice}\n"), err
+    again = [*FAST, "--epochs", 2] if "again" in advice else advice.split()[-2:]
+    assert job(*again)[0] == 0
 
 
 def test_ctrl_c_while_the_pictures_are_drawn_leaves_nothing_to_resume(job, monkeypatch):
