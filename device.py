@@ -55,6 +55,14 @@ class Engine(NamedTuple):
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
+    def abandon(self):
+        """Give up what is under way among processes, which may have stopped at different steps.
+
+        A GPU would else wait for it, and with it all that reads from there, and the group's end.
+        """
+        if self.world > 1:
+            dist.group.WORLD.abort()
+
     def agrees(self, value):
         """Whether all processes have this value."""
         values = [value] * self.world

@@ -320,6 +320,7 @@ def carry_out(args, engine, path, state, command, started):
                 raise RunError(failure) from error
         stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
         if stopped:
+            engine.abandon()
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
             if not run.history:
                 rundir.abandon()
