@@ -127,7 +127,7 @@ def train_parser(manual):
     flag("--device", type=device, default="auto", help=text)
     text = "auto: bf16 on GPUs and x86 processors that have it (default: auto)"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
-    text = "on a GPU: the same bits at each run, but slower"
+    text = "on a GPU: the same bits at each run; may be slower"
     flag("--deterministic", action="store_true", help=text)
     group = parser.add_argument_group("output")
     place = group.add_mutually_exclusive_group()

@@ -55,7 +55,7 @@ class Engine(NamedTuple):
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
-    def abandon(self):
+    def abort(self):
         """Give up what is under way among processes, which may have stopped at different steps.
 
         A GPU would else wait for it, and with it all that reads from there, and the group's end.

@@ -152,7 +152,8 @@ class Run:
 
     def save(self):
         """Save the epoch just done: the checkpoint first, as all else can be made from it."""
-        self.rundir.remove("results.json")  # of the shorter run that this one goes on from
+        # What a shorter run left goes before, or a kill could leave its figures beside more epochs.
+        self.rundir.remove("results.json")
         state = self.settings | {"history": self.history, "curve": self.curve}
         state |= {"seconds": time.perf_counter() - self.started, **self.learner.state()}
         self.rundir.save_checkpoint(LAST, state)
@@ -320,7 +321,7 @@ def carry_out(args, engine, path, state, command, started):
                 raise RunError(failure) from error
         stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
         if stopped:
-            engine.abandon()
+            engine.abort()
             warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
             if not run.history:
                 rundir.abandon()

@@ -57,7 +57,7 @@ def multiply_adds(recipe):
 
 
 def training_flops(recipe):
-    """FLOPs of a run to a recipe's row: the backward pass of an image counted as two forward."""
+    """FLOPs of training by a recipe's row, the backward pass counted as two forward ones."""
     images = recipe["epochs"] * (TRAIN_IMAGES - recipe["val_size"])
     return 6 * multiply_adds(recipe) * images
 
