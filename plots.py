@@ -28,11 +28,12 @@ WIDTH, DPI = 10.0, 150  # inches, pixels an inch: every picture is 1,500 pixels 
 COLUMNS = 6  # of the pictures made of cells
 
 RIGHT_COLOUR, WRONG_COLOUR, NOTE_COLOUR = "#009E73", "#CC79A7", "#F0E442"
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "published": "published"}
+SPLIT_NAMES = {"train": "training", "val": "validation"}  # the others are named as they are
 SPLIT_STYLES = {
     "train": {"linestyle": "-", "linewidth": 1.0, "marker": ".", "markersize": 6, "alpha": 0.7},
     "val": {"linestyle": ":", "linewidth": 1.5, "marker": "s", "markerfacecolor": "white"},
     "test": {"linestyle": "-", "linewidth": 2.0, "marker": "o"},
+    "ours": {"linestyle": "-", "linewidth": 2.0},
     "published": {"linestyle": "--", "linewidth": 1.0, "markerfacecolor": "white"},
 }
 # "Both right" nearly coincides with "sum right", so it is thin and drawn on top.
@@ -86,7 +87,7 @@ def accuracy_figure(history: Sequence[dict], title: str) -> Figure:
     axes.set_ylabel("accuracy, % (log scale of the error)")
     _draw_history(axes, ("train", "val", "test"), "accuracy", history, _percent)
     _accuracy_scale(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
     _finish(axes, "after the last epoch")
     return figure
@@ -109,9 +110,9 @@ def comparison_figure(
         numbers = range(1, len(theirs) + 1)
         _draw(axes, "published", head, numbers, theirs, _percent, marker=marker)
         ours = [100 * row[f"test_{head}_accuracy"] for row in history]
-        _draw(axes, "test", head, epochs, ours, _percent, marker=marker)
+        _draw(axes, "ours", head, epochs, ours, _percent, marker=marker)
     _accuracy_scale(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     _finish(axes, "after the last epoch")
     return figure
 
@@ -241,7 +242,7 @@ def _draw(
     spacing = max(1, len(x) // 25)
     markers = {"markersize": 5, "markevery": ((len(x) - 1) % spacing, spacing), "clip_on": False}
     style = markers | SPLIT_STYLES[split] | HEAD_STYLES[head] | style
-    axes.plot(x, y, label=f"{head}, {SPLIT_NAMES[split]}: {text(y[-1])}", **style)
+    axes.plot(x, y, label=f"{head}, {SPLIT_NAMES.get(split, split)}: {text(y[-1])}", **style)
 
 
 def _draw_history(
