@@ -28,8 +28,8 @@ WIDTH, DPI = 10.0, 150  # inches, pixels an inch: every picture is 1,500 pixels 
 COLUMNS = 6  # of the pictures made of cells
 
 RIGHT_COLOUR, WRONG_COLOUR, NOTE_COLOUR = "#009E73", "#CC79A7", "#F0E442"
-SPLIT_NAMES = {"train": "training", "val": "validation"}  # the others are named as they are
-SPLIT_STYLES = {
+CURVE_NAMES = {"train": "training", "val": "validation"}  # the others are named as they are
+CURVE_STYLES = {
     "train": {"linestyle": "-", "linewidth": 1.0, "marker": ".", "markersize": 6, "alpha": 0.7},
     "val": {"linestyle": ":", "linewidth": 1.5, "marker": "s", "markerfacecolor": "white"},
     "test": {"linestyle": "-", "linewidth": 2.0, "marker": "o"},
@@ -84,10 +84,8 @@ def accuracy_figure(history: Sequence[dict], title: str) -> Figure:
     """
     figure = _figure(title, height=5.4)
     axes = figure.add_subplot(xlabel="epochs of training")
-    axes.set_ylabel("accuracy, % (log scale of the error)")
     _draw_history(axes, ("train", "val", "test"), "accuracy", history, _percent)
-    _accuracy_scale(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    _accuracy_axes(axes)
     axes.set_xlim(history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5)
     _finish(axes, "after the last epoch")
     return figure
@@ -103,7 +101,6 @@ def comparison_figure(
     """
     figure = _figure(title, height=5.4)
     axes = figure.add_subplot(xlabel="epochs of training")
-    axes.set_ylabel("accuracy, % (log scale of the error)")
     epochs = [row["epoch"] for row in history]
     for head, marker in (("digit", "o"), ("sum", "s")):
         theirs = published[head]
@@ -111,8 +108,7 @@ def comparison_figure(
         _draw(axes, "published", head, numbers, theirs, _percent, marker=marker)
         ours = [100 * row[f"test_{head}_accuracy"] for row in history]
         _draw(axes, "ours", head, epochs, ours, _percent, marker=marker)
-    _accuracy_scale(axes)
-    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    _accuracy_axes(axes)
     _finish(axes, "after the last epoch")
     return figure
 
@@ -236,13 +232,13 @@ def _figure(title: str, height: float) -> Figure:
 
 
 def _draw(
-    axes: Axes, split: str, head: str, x: Sequence, y: Sequence, text: Callable, **style
+    axes: Axes, curve: str, head: str, x: Sequence, y: Sequence, text: Callable, **style
 ) -> None:
     """One line with about 25 markers, the last value among them and, as `text`, in the legend."""
     spacing = max(1, len(x) // 25)
     markers = {"markersize": 5, "markevery": ((len(x) - 1) % spacing, spacing), "clip_on": False}
-    style = markers | SPLIT_STYLES[split] | HEAD_STYLES[head] | style
-    axes.plot(x, y, label=f"{head}, {SPLIT_NAMES.get(split, split)}: {text(y[-1])}", **style)
+    style = markers | CURVE_STYLES[curve] | HEAD_STYLES[head] | style
+    axes.plot(x, y, label=f"{head}, {CURVE_NAMES.get(curve, curve)}: {text(y[-1])}", **style)
 
 
 def _draw_history(
@@ -282,8 +278,8 @@ def _unstretch(height: np.ndarray) -> np.ndarray:
     return 100 + ERROR_OFFSET - 10 ** -np.asarray(height)
 
 
-def _accuracy_scale(axes: Axes) -> None:
-    """Stretch the y axis from the tick below all that is drawn to the tick above it."""
+def _accuracy_axes(axes: Axes) -> None:
+    """The axes of accuracies after whole epochs: from the tick below all drawn to that above."""
     drawn = np.concatenate([line.get_ydata() for line in axes.lines])
     low = max((tick for tick in ACCURACY_TICKS if tick < min(drawn.min(), 99.5)), default=0)
     high = min(tick for tick in ACCURACY_TICKS if tick >= max(drawn.max(), 5))
@@ -295,6 +291,8 @@ def _accuracy_scale(axes: Axes) -> None:
     axes.set_yscale("function", functions=(_stretch, _unstretch))
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylim(low, high)
+    axes.set_ylabel("accuracy, % (log scale of the error)")
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _draw_confusion(axes: Axes, counts: Tensor, head: str) -> ScalarMappable:

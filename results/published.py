@@ -3,9 +3,8 @@
     python results/published.py            # print the table
     python results/published.py --curve    # draw results/concat-mlp/curve.png as well
 
-It reads what runs of train.py left, kept in results/RECIPE: results.json and metrics.csv. A system
-whose run isn't there yet has a dash. FLOPs are those of training: 6 x the multiply-adds of one
-image's way through the network x the images seen.
+It reads what runs of train.py left, kept in results/RECIPE: results.json and metrics.csv. FLOPs are
+those of training: 6 x the multiply-adds of one image's way through the network x the images seen.
 """
 
 import argparse
@@ -86,14 +85,14 @@ class Unfit(Exception):
 
 
 def read_results(name, parameters):
-    """What results.json says of the run of a recipe, or None where there is none.
+    """What results.json says of the run of a recipe.
 
     Raises:
-        Unfit: it is of another network, length or data than the recipe's own.
+        Unfit: it isn't there, or is of another network, length or data than the recipe's own.
     """
     path = RESULTS / name / "results.json"
     if not path.exists():
-        return None
+        raise Unfit(f"{path} isn't there; put a run of train.py --recipe {name} there")
     results = json.loads(path.read_text())
     meant = {"recipe": name, "dataset": "mnist", "note": "", "parameters": parameters}
     for key, value in (meant | {"epochs": RECIPES[name].epochs}).items():
@@ -114,15 +113,14 @@ def row(name, published):
     """A recipe's row of the table, cell by cell; `published` is None for one of our own."""
     recipe = RECIPES[name]
     parameters = model.count_parameters(model.build(recipe.encoder, recipe.join))
-    ours = seconds = NONE
-    if results := read_results(name, parameters):
-        heads = ("digit", "sum", "both")
-        digit, total, both = (100 * results["test"][f"{head}_accuracy"] for head in heads)
-        mean = (digit + total) / 2 if published and published.mean else None
-        ours = shares(digit, total, both, mean)
-        device = results["device"].split(":")[0]
-        cores = f" x {results['threads']}" if device == "cpu" else ""
-        seconds = f"{results['train_seconds']:,.0f} ({device}{cores}, {results['precision']})"
+    results = read_results(name, parameters)
+    heads = ("digit", "sum", "both")
+    digit, total, both = (100 * results["test"][f"{head}_accuracy"] for head in heads)
+    mean = (digit + total) / 2 if published and published.mean else None
+    ours = shares(digit, total, both, mean)
+    device = results["device"].split(":")[0]
+    cores = f" x {results['threads']}" if device == "cpu" else ""
+    seconds = f"{results['train_seconds']:,.0f} ({device}{cores}, {results['precision']})"
     theirs = shares(*published[1:]) if published else NONE
     cost = f"{training_flops(recipe.as_plain()):.1e}".replace("e+", "e")
     return [f"`{name}`", theirs, ours, f"{parameters:,}", str(recipe.epochs), cost, seconds]

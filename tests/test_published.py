@@ -8,27 +8,30 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import model
 from recipes import RECIPES
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A folder in the place of results/, which holds a run of concat-linear."""
+    """A folder in the place of results/, which holds a run of each recipe that has a row."""
     monkeypatch.setattr(published, "RESULTS", tmp_path)
-    kept = {
-        "recipe": "concat-linear",
-        "dataset": "mnist",
-        "note": "",
-        "epochs": 25,
-        "device": "cuda:0",
-        "precision": "bf16",
-        "threads": 16,
-        "parameters": 6_888_345,
-        "test": {"digit_accuracy": 0.99, "sum_accuracy": 0.8, "both_accuracy": 0.795},
-        "train_seconds": 1234.5,
-    }
-    (tmp_path / "concat-linear").mkdir()
-    (tmp_path / "concat-linear" / "results.json").write_text(json.dumps(kept))
+    for name in (*published.SYSTEMS, "default"):
+        recipe = RECIPES[name]
+        kept = {
+            "recipe": name,
+            "dataset": "mnist",
+            "note": "",
+            "epochs": recipe.epochs,
+            "device": "cuda:0",
+            "precision": "bf16",
+            "threads": 16,
+            "parameters": model.count_parameters(model.build(recipe.encoder, recipe.join)),
+            "test": {"digit_accuracy": 0.99, "sum_accuracy": 0.8, "both_accuracy": 0.795},
+            "train_seconds": 1234.5,
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(kept))
     return tmp_path
 
 
@@ -53,7 +56,14 @@ def test_every_published_recipe_has_its_row(results, capsys):
     mean = "99.00 / 80.00 / 79.50, mean 89.50"
     costs = ["6,888,345", "25", "1.1e15", "1,234 (cuda, bf16)"]
     assert rows["concat-linear"] == ["mean 88.19", mean, *costs]
-    assert rows["concat-mlp"][:2] == ["98.96 / 98.83 / –", "–"] and rows["concat-mlp"][-1] == "–"
+    assert rows["concat-mlp"][:2] == ["98.96 / 98.83 / –", "99.00 / 80.00 / 79.50"]
+
+
+def test_a_run_that_is_missing_is_named(results, capsys):
+    (results / "added" / "results.json").unlink()
+    assert published.main([]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "train.py --recipe added" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -70,7 +80,6 @@ def test_a_run_of_something_else_is_refused(results, capsys, change):
 def test_a_curve_is_drawn_where_there_is_a_run(results, capsys):
     assert published.main(["--curve"]) == 1
     assert "no curve" in capsys.readouterr().err
-    (results / "concat-mlp").mkdir()
     with open(results / "concat-mlp" / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "test_digit_accuracy", "test_sum_accuracy"])
         writer.writeheader()
