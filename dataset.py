@@ -1,73 +1,63 @@
-"""The Dataset that pairs each MNIST image with a random addend: items (image, digit, addend, sum).
+"""MNIST with a random addend for each image: items (image, digit, one-hot addend, sum).
 
-Everything random here is a function of (seed, split, epoch, index), drawn on the CPU from private
-generators: the same addends, order and augmentation come out whatever the batch size, the device
-or the number of processes, and a resumed run needs no generator's state to go on as it was.
+All randomness is a function of (seed, split, epoch, index), drawn on the CPU from private
+generators: addends, order and augmentation do not depend on the batch size, the device or the
+number of processes, and a resumed run needs no saved generator state.
 """
 
+import gzip
 import hashlib
-import math
-from typing import NamedTuple
+import http.client
+import os
+import socket
+import zlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-NUM_DIGITS = 10
-NUM_SUMS = 19
-SIDE = 28  # pixels
-MEAN, STD = 0.1307, 0.3081  # of the training set's pixels, scaled to 0..1
-# Test images whose labels people found wrong: they show another digit, or one can't agree which.
-DOUBTED = {947, 1621, 1901, 2462, 2597, 3558, 5937, 6651, 6783, 9729, 2130, 2654, 3520, 8527, 9679}
+from support.augment import affine_matrices, generator, warp
+from support.console import warn
+from support.constants import MEAN, NUM_DIGITS, STD
+from support.errors import UserError
+from support.files import lock_directory, write_atomic
+from support.synthetic import synthetic_mnist
 
-
-class DataError(Exception):
-    """The data can't be used; the message says what is wrong and what to do."""
-
-
-class Affine(NamedTuple):
-    """Limits of a random affine augmentation, in the terms of torchvision's RandomAffine."""
-
-    degrees: float  # rotation
-    translate: float  # shift, as a fraction of the side
-    scale: float  # zoom from 1 - scale to 1 + scale, each axis on its own
-    shear: float  # degrees
+# Digests of the unpacked files: torchvision checks only what it downloads.
+SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+DOWNLOAD_TIMEOUT = 10  # seconds without an answer
+# Test images with a disputed label (Northcutt et al. 2021, arXiv 2103.14749).
+DISPUTED = {947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729}
 
 
 class MNISTSum(Dataset):
-    """MNIST images with a random addend each: `(image, digit, addend_one_hot, total)`.
+    """MNIST images, each with a random addend: `(image, digit, addend, total)`.
 
     For example the image of a 7 with addend 5:
 
-        image           float32 (1, 28, 28), normalised
-        digit           int64   7
-        addend_one_hot  float32 (10,)  [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
-        total           int64   12
+        image   float32 (1, 28, 28), normalized
+        digit   int64   7
+        addend  float32 (10,)  [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+        total   int64   12
 
-    The images stay uint8 on `device`, and a batch is cut from them there at once. `set_epoch`
-    draws the epoch's addends and augmentation.
-
-    Args:
-        mnist: torchvision's MNIST, or anything with its `data`, uint8 (N, 28, 28), and `targets`.
-        split: the name under which this part of the data draws ("train", "val", "test").
-        indices: int64 (n,), the part of `mnist` to use; all of it by default.
-        addends: "each-epoch" draws them anew each epoch, "once" for the whole run.
-        affine: the limits of the augmentation; none by default.
+    The images stay on `device` as uint8, and a batch is sliced from them there. `set_epoch` draws
+    the addends ("each-epoch" anew, or "once" for the whole run) and the augmentation of an epoch
+    within the limits `affine`. `mnist` is torchvision's MNIST, or any object with the same `data`,
+    uint8 (N, 28, 28), and `targets`, int64 (N,); `indices`, int64 (n,), are the images to use.
     """
 
     def __init__(
-        self,
-        mnist,
-        split,
-        indices=None,
-        *,
-        seed=0,
-        addends="each-epoch",
-        affine=None,
-        mean=MEAN,
-        std=STD,
-        device="cpu",
-    ):
+        self, mnist, split, indices=None, *, seed=0, addends="each-epoch", affine=None,
+        mean=MEAN, std=STD, device="cpu",
+    ):  # fmt: skip
         self.population = len(mnist.data)
         self.indices = torch.arange(self.population) if indices is None else indices
         self.images = mnist.data[self.indices].to(device)  # (n, 28, 28)
@@ -77,9 +67,9 @@ class MNISTSum(Dataset):
         self.set_epoch(1)
 
     def set_epoch(self, epoch, augment=True):
-        """Draw the addends and the augmentation of `epoch` (from 1); `augment=False` omits it."""
+        """Draw the addends and, unless `augment` is false, the augmentation of an epoch, from 1."""
         self.epoch = epoch
-        # Drawn for the whole population, so that an image's addend does not depend on the split.
+        # Drawn for all of MNIST, so that an image's addend does not depend on the split.
         draw = generator(self.seed, self.split, epoch if self.redraw else "once", "addends")
         addends = torch.randint(NUM_DIGITS, (self.population,), generator=draw)
         self.addends = addends[self.indices].to(self.device)  # (n,)
@@ -90,24 +80,24 @@ class MNISTSum(Dataset):
             self.matrices = matrices[self.indices].to(self.device)  # (n, 2, 3)
 
     def order(self):
-        """The epoch's order: int64 (n,), on the device; drawn on the CPU and moved once."""
+        """The shuffled order of the epoch: int64 (n,) on the device."""
         draw = generator(self.seed, self.split, self.epoch, "order")
         return torch.randperm(len(self), generator=draw).to(self.device)
 
-    def batches(self, batch_size, drop_last=False, rank=0, world=1):
-        """The epoch's batches, each with how many images it has in all of the `world` processes.
-
-        Yields that count and, of the batch, what falls to the process `rank`: four tensors, ready
-        for the network, and empty where a small last batch leaves it nothing.
-        """
+    def batches(self, batch_size, drop_last=False, rank=0, world_size=1):
+        """Yield for each batch its size and the items that `rank` trains on, perhaps none."""
         for indices in self.order().split(batch_size):
             if len(indices) == batch_size or not drop_last:
-                yield len(indices), self.__getitems__(indices[rank::world])
+                yield len(indices), self.__getitems__(indices[rank::world_size])
 
-    def normalised(self, indices, matrices=None):
-        """Images as the network takes them: float32 (B, 1, 28, 28)."""
+    def num_batches(self, batch_size, drop_last=False):
+        """Number of batches in an epoch."""
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+    def normalized(self, indices, matrices=None):
+        """The images as model input: float32 (B, 1, 28, 28)."""
         images = self.images[indices].unsqueeze(1).float()
-        if matrices is not None and len(images):  # affine_grid takes no empty batch
+        if matrices is not None and len(images):  # affine_grid does not accept an empty batch
             images = warp(images, matrices[indices])
         return images.sub_(255 * self.mean).div_(255 * self.std)
 
@@ -118,46 +108,127 @@ class MNISTSum(Dataset):
         return tuple(part[0] for part in self.__getitems__(torch.tensor([index])))
 
     def __getitems__(self, indices):
-        """The items at `indices`: a tensor of them gives one ready batch of four tensors.
-
-        A DataLoader asks with a list, and gets the list of items that its collate_fn expects.
-        """
+        """Four tensors for a tensor of indices; a list of items for a list, as DataLoader asks."""
         if isinstance(indices, list):
             return list(zip(*self.__getitems__(torch.tensor(indices)), strict=True))
         indices = indices.to(self.device)
-        image = self.normalised(indices, self.matrices)
+        image = self.normalized(indices, self.matrices)
         digit, addend = self.digits[indices], self.addends[indices]
         return image, digit, F.one_hot(addend, NUM_DIGITS).float(), digit + addend
 
 
-def generator(*key):
-    """A generator of its own for each key, on the CPU: `generator(seed, split, epoch, "order")`."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-
-
-def split_off(count, val_size, seed):
-    """Indices of the training and the validation images: int64 (count - val_size,), (val_size,)."""
+def split_indices(count, val_size, seed):
+    """Sorted indices of training and validation images: int64 (count - val_size,), (val_size,)."""
     shuffled = torch.randperm(count, generator=generator(seed, "validation"))
     return shuffled[val_size:].sort().values, shuffled[:val_size].sort().values
 
 
-def affine_matrices(count, affine, draw):
-    """Random matrices for `warp`: float32 (count, 2, 3), uniform within the limits of `affine`."""
-    angle, shear, wide, high, right, down = torch.rand(6, count, generator=draw) * 2 - 1
-    angle = angle * math.radians(affine.degrees)
-    shear = torch.tan(shear * math.radians(affine.shear))
-    wide, high = 1 + wide * affine.scale, 1 + high * affine.scale
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    # rotation @ shear @ zoom; shifts are in half sides, the unit of affine_grid
-    rows = [
-        torch.stack([cos * wide, (cos * shear - sin) * high, 2 * affine.translate * right], dim=1),
-        torch.stack([sin * wide, (sin * shear + cos) * high, 2 * affine.translate * down], dim=1),
-    ]
-    return torch.stack(rows, dim=1)
+class Source(NamedTuple):
+    """A training and a test set, each with `data`, uint8 (N, 28, 28), and `targets`, int64 (N,)."""
+
+    name: str  # "mnist" or "synthetic"
+    train: Any
+    test: Any
+    note: str = ""  # a warning to show with every result
+    disputed: frozenset | set = frozenset()  # test images with a disputed label
 
 
-def warp(images, matrices):
-    """Warp float (B, 1, H, W) by (B, 2, 3) from output to input coordinates; black outside."""
-    grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+class Unavailable(Exception):
+    """MNIST is not in the data directory and cannot be downloaded."""
+
+
+def load_data(name, data_dir):
+    """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
+
+    Raises UserError if "mnist" is unavailable, or if one of its files is damaged.
+    """
+    if name != "synthetic":
+        try:
+            return Source("mnist", *load_mnist(Path(data_dir)), disputed=DISPUTED)
+        except Unavailable as error:
+            message = f"{error}; place {', '.join(SHA256)} in {raw_dir(data_dir)}"
+            message += f" and pass --data-dir {data_dir}"
+            if name == "mnist":
+                raise UserError(message) from error
+            warn(f"warning: {message}; training on synthetic digits, NOT MNIST")
+    train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
+    return Source("synthetic", train, test, note="synthetic stand-in digits, NOT MNIST")
+
+
+def load_mnist(data_dir):
+    """torchvision's MNIST training and test set, downloaded first if a file is missing."""
+    mnist = torchvision_mnist()
+    try:
+        files = read_verified(data_dir)
+    except FileNotFoundError as error:
+        warn(f"{error.filename.removesuffix('.gz')} not found: downloading MNIST")
+        download(mnist, data_dir)
+        files = read_verified(data_dir)
+    # torchvision prefers old files in MNIST/processed, does not check unpacked ones, and crashes on
+    # truncated ones: it is given a directory with nothing but verified files.
+    with TemporaryDirectory() as verified:
+        raw_dir(verified).mkdir(parents=True)
+        for name, content in files.items():
+            (raw_dir(verified) / name).write_bytes(content)
+        return mnist(verified, train=True), mnist(verified, train=False)
+
+
+def torchvision_mnist():
+    """The class torchvision.datasets.MNIST. Imported only here, because that takes a second."""
+    try:
+        from torchvision.datasets import MNIST
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision does not work with torch {torch.__version__} ({error}); reinstall both "
+            "from one index: pip install --force-reinstall torch torchvision"
+        ) from error
+    return MNIST
+
+
+def raw_dir(data_dir):
+    return Path(data_dir, "MNIST", "raw")
+
+
+def read_verified(data_dir):
+    """The contents of the four files by name, each unpacked or .gz. UserError if one is damaged."""
+    files = {}
+    for name, digest in SHA256.items():
+        path = raw_dir(data_dir) / name
+        path = path if os.path.lexists(path) else path.with_name(f"{name}.gz")
+        try:
+            content = path.read_bytes()
+            files[name] = gzip.decompress(content) if path.suffix == ".gz" else content
+        except FileNotFoundError:
+            raise
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            files[name] = b""
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror})") from error
+        if hashlib.sha256(files[name]).hexdigest() != digest:
+            message = "is damaged (wrong SHA-256 digest); delete it to download it again"
+            raise UserError(f"{path} {message}")
+    return files
+
+
+def download(mnist, data_dir):
+    """Download MNIST with torchvision; if it fails, raise Unavailable and create nothing.
+
+    Of several processes one downloads while the others wait.
+    """
+    existing = next(path for path in data_dir.absolute().parents if path.is_dir())
+    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
+        if all((raw_dir(data_dir) / name).exists() for name in SHA256):
+            return
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+        try:
+            mnist(temporary, download=True)
+            files = read_verified(temporary)
+        except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise Unavailable(f"MNIST cannot be downloaded ({reason})") from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+        raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomic(raw_dir(data_dir) / name, content)

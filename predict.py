@@ -1,4 +1,4 @@
-"""Read digits in pictures with a trained network, and add a number to them.
+"""Predict digits in images of your own handwriting, and their sums with a number.
 
 python predict.py runs/default five.png --add 7
 python predict.py runs/default *.jpg --json
@@ -9,116 +9,157 @@ import io
 import json
 import statistics
 import sys
-import time
-from functools import partial
+import timeit
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from cli import UsageError, exit_status, predict_parser, say, warn
-from dataset import NUM_DIGITS, SIDE
-from handwriting import PictureError, prepare, read_picture, upright
-from learner import restore
-from rundir import as_png, find_checkpoint, load_checkpoint, write_whole
-from scores import unsmoothed
+from recipes import load_model
+from support.args import Parser
+from support.console import UserError, exit_status, log, warn
+from support.constants import NUM_DIGITS, SIDE
+from support.files import write_atomic
+from support.handwriting import prepare, read_picture, upright
 
-BATCH = 256  # pictures
-UNSURE = 0.8  # a digit less probable than this is doubtful
-DRAWN = 20  # pictures at most that --save-picture draws
+BATCH = 256  # images
+UNSURE = 0.8  # warn if the digit is less probable than this
+MAX_PLOTTED = 20  # images
 MODEL_CARD = """# {name}
 
-Reads a handwritten digit, and adds a number to it.
+Recognizes a handwritten digit and predicts its sum with a given number from 0 to 9.
 
-- Task: a 28 x 28 picture, light on dark as MNIST's, and a number from 0 to 9, to the probabilities
-  of the ten digits and of the nineteen sums.
-- Network: recipe `{recipe}`, {parameters:,} parameters, {epochs} epochs, seed {seed}.
-- Data: {dataset}.
-- Figures on its test set, each image with all ten numbers: digit {digit:.2f} %, sum {sum:.2f} %.
-- Speed where it was exported (threads: {threads}): one picture {latency:.2f} ms; {throughput:,.0f}
-  pictures a second in batches of {batch}.
-- Limits: one digit a picture, prepared as MNIST's were (20 pixels in its longer side, centred by
-  mass): `handwriting.py` does that. What is no digit is read as one all the same.
+- Model: recipe `{recipe}`, {parameters:,} parameters.
+- Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
+- Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
+- Inference time (CPU, threads: {threads}): {one:.2f} ms for one image, {many:.0f} ms for 256.
+- Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
 
 ```python
 import torch
-network = torch.export.load("{name}").module()
-pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)  # any number of pictures
-addends = torch.tensor([7])
-digit_probabilities, sum_probabilities = network(pixels, addends)  # (1, 10), (1, 19)
+model = torch.export.load("{name}").module()
+pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)  # light on dark; any batch size
+digit_probabilities, sum_probabilities = model(pixels, torch.tensor([7]))  # (1, 10), (1, 19)
 ```
 """
 
 
-class Predictor(nn.Module):
-    """A trained network from pixels to probabilities, with its preparation inside."""
+def parse_args(argv):
+    parser = Parser(prog="predict.py", description=__doc__)
+    flag = parser.add_argument
+    flag("run", help="run directory or checkpoint")
+    flag("image", nargs="*", help="image of a digit, in any format that Pillow reads; - for stdin")
+    text = "addend, 0 to 9 (default: %(default)s)"
+    flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
+    flag("--json", action="store_true", help="print a JSON list with one object per image")
+    flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
+    flag("--export", type=Path, metavar="FILE.pt2", help="export the network, with a model card")
+    args = parser.parse_args(argv)
+    if not args.image and not args.export:
+        parser.error("nothing to do: give an image or --export")
+    if args.save_picture and args.save_picture.suffix != ".png":
+        parser.error(f"{args.save_picture} does not end in .png")
+    if args.export and args.export.suffix != ".pt2":
+        parser.error(f"{args.export} does not end in .pt2")
+    if args.save_picture and len(args.image) > MAX_PLOTTED:
+        parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")
+    return args
 
-    def __init__(self, state):
+
+@exit_status
+def main(argv=None):
+    """Run the command line; the status is 1 if an image could not be read."""
+    args = parse_args(argv)
+    model, checkpoint = load_model(args.run)
+    predictor = Predictor(model, checkpoint["recipe"])
+    if caveat := training_caveat(checkpoint["flags"]):
+        warn(f"warning: the network was trained on {caveat}")
+    if args.export:
+        card = model_card(args.export.name, predictor, checkpoint).encode()
+        card_path = args.export.with_name(f"{args.export.name}.md")
+        for path, content in ((args.export, as_pt2(predictor)), (card_path, card)):
+            write_atomic(path, content)
+            log(f"exported {path}", sys.stderr if args.json else sys.stdout)
+
+    files, originals, prepared = [], [], []
+    for file in args.image:
+        try:
+            image = read_picture(sys.stdin.buffer if file == "-" else file)
+        except UserError as error:
+            warn(f"error: {file}: {error}")
+            continue
+        files.append(file)
+        prepared.append(prepare(image))
+        if args.save_picture:  # only then, because many photographs do not fit into memory
+            originals.append(upright(image))
+
+    records = []
+    if files:
+        digits, sums = predict(predictor, prepared, args.add)
+        rows = zip(files, prepared, digits, sums, strict=True)
+        records = [make_record(*row, args.add) for row in rows]
+        if args.save_picture:
+            from support import plots  # matplotlib is slow to import
+
+            pixels, titles = [one.pixels for one in prepared], [as_line(one) for one in records]
+            figure = plots.prediction_figure(originals, pixels, digits, sums, titles)
+            write_atomic(args.save_picture, plots.as_png(figure))
+    for record in records:
+        for text in record["warnings"]:
+            warn(f"warning: {record['file']}: {text}")
+        if not args.json:
+            prefix = f"{record['file']}: " if len(args.image) > 1 else ""
+            log(prefix + as_line(record))
+    if args.json:
+        print(json.dumps(records, indent=2), flush=True)
+    return 0 if len(files) == len(args.image) else 1
+
+
+def training_caveat(flags):
+    """What makes a network unfit for real digits, as text; "" if nothing does."""
+    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
+    dry_run = "a few batches of a dry run" if flags["dry_run"] else ""
+    return "; ".join(filter(None, [synthetic, dry_run]))
+
+
+class Predictor(torch.nn.Module):
+    """A trained network that takes pixels and returns probabilities, for inference only."""
+
+    def __init__(self, model, recipe):
         super().__init__()
-        self.network = restore(state)
-        recipe = state["recipe"]
-        self.mean, self.std = recipe["mean"], recipe["std"]
-        self.smoothing = recipe["label_smoothing"]
+        self.model, self.recipe = model.requires_grad_(False), recipe
 
     def forward(self, pixels, addends):
-        """uint8 (B, 28, 28) and int64 (B,) to probabilities of digits (B, 10) and sums (B, 19)."""
-        images = (pixels.unsqueeze(1).float() / 255 - self.mean) / self.std
-        both = self.network(images, F.one_hot(addends, NUM_DIGITS).float())
-        return tuple(unsmoothed(log_probs.exp(), self.smoothing) for log_probs in both)
+        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
+        images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
+        log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
+        return tuple(unsmoothed(x.exp(), self.recipe["label_smoothing"]) for x in log_probs)
 
 
-def read(files, keep):
-    """Read and prepare pictures; those that can't be read are reported on stderr.
-
-    Returns three lists: the files that could be read, the pictures prepared, and, if they are to be
-    kept, the pictures themselves: those of a folder of photographs might not fit into memory.
-    """
-    readable, prepared, pictures = [], [], []
-    for file in files:
-        try:
-            picture = read_picture(sys.stdin.buffer if file == "-" else file)
-            prepared.append(prepare(picture))
-        except PictureError as error:
-            warn(f"error: {file}: {error}")
-        else:
-            readable.append(file)
-            if keep:
-                pictures.append(picture)
-    return readable, prepared, pictures
+def unsmoothed(probabilities, label_smoothing):
+    """Undo label smoothing: trained with smoothing e, (1 - e) p + e / C is predicted for p."""
+    p = (probabilities - label_smoothing / probabilities.shape[-1]).clamp(min=0)
+    return p / p.sum(dim=-1, keepdim=True)
 
 
-@torch.no_grad()
 def predict(predictor, prepared, addend):
-    """Probabilities of digits (N, 10) and of sums (N, 19) for N prepared pictures."""
-    pixels = torch.from_numpy(np.stack([one.pixels for one in prepared]))  # (N, 28, 28)
-    addends = torch.full((len(pixels),), addend)
-    batches = zip(pixels.split(BATCH), addends.split(BATCH), strict=True)
-    digits, sums = zip(*(predictor(*batch) for batch in batches), strict=True)
-    return torch.cat(digits), torch.cat(sums)
+    """Probabilities of digits (N, 10) and sums (N, 19) for N prepared images and one addend."""
+    pixels = torch.stack([torch.from_numpy(image.pixels) for image in prepared])  # (N, 28, 28)
+    batches = [predictor(batch, torch.full((len(batch),), addend)) for batch in pixels.split(BATCH)]
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
-def as_record(file, prepared, digit_probabilities, sum_probabilities, addend):
-    """What is to be said of one picture, in plain types."""
-    digit_probability, digit = digit_probabilities.max(dim=0)
-    sum_probability, total = sum_probabilities.max(dim=0)
-    warnings = list(prepared.warnings)
-    if digit_probability < UNSURE:
-        warnings.append("the digit is doubtful")
-    return {
-        "file": file,
-        "digit": int(digit),
-        "digit_probability": float(digit_probability),
-        "addend": addend,
-        "sum": int(total),
-        "sum_probability": float(sum_probability),
-        "warnings": warnings,
-    }
+def make_record(file, prepared, digits, sums, addend):
+    """The prediction for an image, in JSON types."""
+    digit = {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
+    total = {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
+    unsure = ["the digit is doubtful"] if digit["digit_probability"] < UNSURE else []
+    warnings = [*prepared.warnings, *unsure]
+    return {"file": file, **digit, "addend": addend, **total, "warnings": warnings}
 
 
 def as_line(record):
-    """A record as a line to read."""
+    """A record as text."""
     digit, total = record["digit"], record["sum"]
     return (
         f"digit {digit} ({100 * record['digit_probability']:.1f} %)  "
@@ -126,103 +167,36 @@ def as_line(record):
     )
 
 
-def seconds_a_call(predictor, count):
-    """Median time that the prediction of `count` pictures takes, in seconds."""
-    pixels, addends = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8), torch.zeros(count).long()
-    times = []
-    with torch.no_grad():
-        for _ in range(12):
-            start = time.perf_counter()
-            predictor(pixels, addends)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])  # the first ones prepare the kernels
-
-
-def caveat(flags):
-    """What must be known of the data that a network was trained on; "" if nothing."""
-    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
-    dry = "a few batches of a dry run" if flags["dry_run"] else ""
-    return "; ".join(filter(None, [synthetic, dry]))
-
-
-def export(predictor, state, file):
-    """Write the network with torch.export, for any number of pictures, and a model card beside it.
-
-    Returns the paths of both.
-    """
-    example = torch.zeros(2, SIDE, SIDE, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+def as_pt2(predictor):
+    """The network as the content of a .pt2 file, for any batch size."""
     batch = {0: torch.export.Dim("batch")}
-    with torch.no_grad():
-        program = torch.export.export(predictor, example, dynamic_shapes=(batch, batch))
+    example = torch.zeros(2, SIDE, SIDE).byte(), torch.zeros(2).long()
+    program = torch.export.export(predictor, example, dynamic_shapes=(batch, batch))
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # the paths of this machine
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
     content = io.BytesIO()
     torch.export.save(program, content)
-    flags, row = state["flags"], state["history"][-1]
-    paths = Path(file), Path(f"{file}.md")
-    card = MODEL_CARD.format(
-        name=paths[0].name,
-        recipe=flags["recipe"],
-        parameters=sum(p.numel() for p in predictor.parameters()),
-        epochs=row["epoch"],
-        seed=flags["seed"],
-        dataset=caveat(flags) or "MNIST",
-        digit=100 * row["test_digit_accuracy"],
-        sum=100 * row["test_sum_accuracy"],
-        threads=torch.get_num_threads(),
-        latency=1000 * seconds_a_call(predictor, 1),
-        throughput=BATCH / seconds_a_call(predictor, BATCH),
-        batch=BATCH,
+    return content.getbuffer()
+
+
+def model_card(name, predictor, checkpoint):
+    """The model card of an exported network, in Markdown."""
+    return MODEL_CARD.format(
+        name=name,
+        data=training_caveat(checkpoint["flags"]) or "MNIST",
+        one=milliseconds(predictor, 1),
+        many=milliseconds(predictor, 256),
+        **checkpoint["history"][-1],
+        **checkpoint["info"] | {"threads": torch.get_num_threads()},
     )
-    write_whole(paths[0], content.getbuffer())
-    write_whole(paths[1], card.encode())
-    return paths
 
 
-def main(argv=None):
-    """Run the command line `argv`, by default the process's own; returns the exit status."""
-    return exit_status(partial(run, sys.argv[1:] if argv is None else list(argv)))
-
-
-def run(argv):
-    """Read the pictures that can be read; returns 1 if one could not."""
-    args = predict_parser(__doc__).parse_args(argv)
-    if not args.image and not args.export:
-        raise UsageError("there is nothing to do; name a picture, or give --export")
-    if args.save_picture and len(args.image) > DRAWN:
-        raise UsageError(f"--save-picture draws at most {DRAWN} pictures; name fewer")
-    state = load_checkpoint(find_checkpoint(args.run))
-    predictor = Predictor(state)
-    if unfit := caveat(state["flags"]):
-        warn(f"warning: the network was trained on {unfit}")
-    if args.export:
-        for path in export(predictor, state, args.export):
-            say(f"exported {path}", sys.stderr if args.json else sys.stdout)
-    files, prepared, pictures = read(args.image, keep=bool(args.save_picture))
-    records = []
-    if files:
-        digits, sums = predict(predictor, prepared, args.add)
-        records = [
-            as_record(*row, args.add) for row in zip(files, prepared, digits, sums, strict=True)
-        ]
-        if args.save_picture:
-            import plots
-
-            seen = [one.pixels for one in prepared]
-            lines = [as_line(record) for record in records]
-            shown = [upright(picture) for picture in pictures]
-            figure = plots.reading_figure(shown, seen, digits, sums, lines)
-            write_whole(Path(args.save_picture), as_png(figure))
-    for record in records:
-        for text in record["warnings"]:
-            warn(f"warning: {record['file']}: {text}")
-    if args.json:
-        say(json.dumps(records, indent=2))
-    else:
-        for record in records:
-            say(f"{record['file']}: {as_line(record)}" if len(args.image) > 1 else as_line(record))
-    return 0 if len(files) == len(args.image) else 1
+def milliseconds(predictor, batch_size):
+    """Median time of a prediction on the CPU."""
+    inputs = torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
+    times = timeit.repeat(lambda: predictor(*inputs), number=1, repeat=12)
+    return 1000 * statistics.median(times[2:])  # the first two are warm-up
 
 
 if __name__ == "__main__":

@@ -1,23 +1,33 @@
-"""The recipes: one table, a row each, of all that makes one training run differ from another."""
+"""The recipes: a table with one row for each way to train, and everything that differs in it."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from dataset import MEAN, STD, Affine
+from torch import nn
+
+from model import OuterProduct, build_model, compact, small, tiny
+from published import models as published
+from support.augment import Affine
+from support.constants import MEAN, STD
+from support.errors import UserError
+from support.rundir import load_checkpoint, restore
+
+DRY_RUN_EPOCHS = 2  # at most
 
 
 def constant(step, total_steps):
-    """The same rate at every step."""
+    """The same learning rate at every step."""
     return 1.0
 
 
 def one_cycle(step, total_steps, warmup=0.2):
-    """Up linearly from near 0 to 1 in the first fifth of the steps, then down a half cosine to 0.
+    """Linear warmup to 1 over the first fifth of the steps, then cosine decay to 0.
 
-    After Smith & Topin, Super-Convergence (arXiv 1708.07120); a function of the step and of the
-    total alone, so a run that is extended enters the longer schedule where it stands.
+    After Smith & Topin, Super-Convergence (arXiv 1708.07120). It depends only on the step and the
+    total, so a run that is extended continues on the longer schedule.
     """
     position = (step + 1) / (total_steps + 1)
     if position < warmup:
@@ -27,129 +37,98 @@ def one_cycle(step, total_steps, warmup=0.2):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table. The defaults are the columns that most rows share."""
+    """A row of the table. The defaults are the values that most rows share."""
 
-    about: str  # what it is, and where it comes from
-    encoder: str  # a name in model.ENCODERS
-    join: str  # a name in model.JOINS
+    description: str
+    encoder: Callable[[], nn.Module]  # builds a module: image (B, 1, 28, 28) -> features (B, F)
+    head: Callable[[int], nn.Module]  # F -> module: features, addend -> digit and sum logits
     epochs: int
     batch_size: int
-    lr: float  # the schedule's peak
+    lr: float  # peak learning rate of the schedule
     optimizer: str = "AdamW"  # a class in torch.optim
     optimizer_options: Mapping = field(default_factory=dict)
     weight_decay: float = 0.0
     schedule: Callable[[int, int], float] = one_cycle  # (step, total steps) -> factor of lr
-    digit_weight: float = 1.0  # of the digit's loss in the total loss
-    sum_weight: float = 1.0
-    label_smoothing: float = 0.0  # share of the target given to all classes alike
+    loss_weight: float = 1.0  # of each head's loss: 1 adds the two losses, 0.5 averages them
+    label_smoothing: float = 0.0
     affine: Affine | None = None  # augmentation of the training images
-    clean_epochs: int = 0  # the last epochs, which see the images as they are
-    mean: float = MEAN  # what is taken from the pixels (0..1), and
-    std: float = STD  # what they are then divided by
-    addends: str = "each-epoch"  # or "once"
-    drop_last: bool = False  # leave out an epoch's last batch if it is not full
+    clean_epochs: int = 0  # number of epochs at the end without augmentation
+    mean: float = MEAN  # pixels (0..1) are normalized to (pixel - mean) / std
+    std: float = STD
+    addends: str = "each-epoch"  # when they are drawn: "each-epoch" or "once"
+    drop_last: bool = False  # skip the last batch of an epoch if it is not full
     val_size: int = 0  # training images held out for validation
 
     def as_plain(self):
-        """The row in the plain types of JSON, the schedule by its name."""
-        return json.loads(json.dumps(asdict(self), default=lambda schedule: schedule.__name__))
+        """The row in JSON types, with functions and classes as their names."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=lambda f: f.__name__))
 
 
-# What our own recipes share, and what those of more than an epoch add.
+# What our recipes share, what the augmented ones add, and what the published systems share.
 OURS = {"optimizer_options": {"betas": (0.9, 0.99)}, "weight_decay": 0.01, "label_smoothing": 0.1}
 AUGMENTED = {"affine": Affine(degrees=10, translate=0.1, scale=0.1, shear=10), "clean_epochs": 1}
-# What all published systems have: pixels in 0..1 as they are, and one rate to the end.
-AS_PUBLISHED = {"mean": 0.0, "std": 1.0, "schedule": constant}
-# What one of them, published at two rates, has beside the rate.
-SHARED_TRUNK = AS_PUBLISHED | {
-    "encoder": "two-conv",
-    "join": "shared-trunk",
-    "epochs": 100,
-    "batch_size": 32,
+PUBLISHED = {"mean": 0.0, "std": 1.0, "schedule": constant}
+SHARED_TRUNK = PUBLISHED | {
     "optimizer": "SGD",
     "optimizer_options": {"momentum": 0.9},
     "addends": "once",
     "val_size": 10_000,
 }
 
+# fmt: off
 RECIPES = {
+    # description; encoder, head, epochs, batch size, peak learning rate; further columns
     "default": Recipe(
-        about="the result: a compact network, augmented, in twenty epochs",
-        encoder="compact",
-        join="outer",
-        epochs=20,
-        batch_size=256,
-        lr=0.01,
-        **OURS,
-        **AUGMENTED,
-    ),
+        "best accuracy for its cost: four convolutions, affine augmentation",
+        compact, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED),
     "fast": Recipe(
-        about="seconds: a small network, one epoch",
-        encoder="small",
-        join="outer",
-        epochs=1,
-        batch_size=128,
-        lr=0.01,
-        **OURS,
-    ),
+        "trains in seconds: two convolutions, no augmentation",
+        small, OuterProduct, 1, 128, 0.01, **OURS),
     "tiny": Recipe(
-        about="fewer than 8,000 parameters: for microcontrollers, and for teaching",
-        encoder="tiny",
-        join="outer",
-        epochs=20,
-        batch_size=256,
-        lr=0.02,
-        **OURS,
-        **AUGMENTED,
-    ),
+        "fewer than 8,000 parameters: depthwise separable convolutions",
+        tiny, OuterProduct, 20, 256, 0.02, **OURS, **AUGMENTED),
     "concat-mlp": Recipe(
-        about="published: digit logits and one-hot number into FC 128 (98.96 / 98.83)",
-        encoder="seven-conv",
-        join="concat-mlp",
-        epochs=20,
-        batch_size=128,
-        lr=0.01,
-        optimizer="SGD",
-        optimizer_options={"momentum": 0.7},
-        digit_weight=0.5,
-        sum_weight=0.5,
-        drop_last=True,
-        **AS_PUBLISHED,
-    ),
+        "published: digit logits and one-hot number into FC 128 (98.96 / 98.83)",
+        published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
+        optimizer="SGD", optimizer_options={"momentum": 0.7}, **PUBLISHED),
     "shared-trunk": Recipe(
-        about="published: embedded number beside 192 features, one trunk for both heads "
-        "(98.97 / 55.07); mended: one softmax in the loss, not two, and numbers to 9, not 8",
-        lr=0.01,
-        **SHARED_TRUNK,
-    ),
+        "published: embedded number and 192 features into one trunk for both heads (98.97 / 55.07)",
+        published.two_conv, published.SharedTrunk, 100, 32, 0.01, **SHARED_TRUNK),
     "shared-trunk-slow": Recipe(
-        about="published: shared-trunk at a tenth of the rate (98.35 / 38.97); mended as that",
-        lr=0.001,
-        **SHARED_TRUNK,
-    ),
+        "published: shared-trunk with a tenth of the learning rate (98.35 / 38.97)",
+        published.two_conv, published.SharedTrunk, 100, 32, 0.001, **SHARED_TRUNK),
     "concat-linear": Recipe(
-        about="published: digit logits and one-hot number into one linear layer (mean 88.19); "
-        "chosen: ReLU after all but the last layer of the image, as its authors' notebook has it",
-        encoder="six-conv",
-        join="concat-linear",
-        epochs=25,
-        batch_size=64,
-        lr=0.001,
-        optimizer="Adam",
-        digit_weight=0.5,
-        sum_weight=0.5,
-        **AS_PUBLISHED,
-    ),
+        "published: digit logits and one-hot number into one linear layer (mean 88.19)",
+        published.six_conv, published.ConcatLinear, 25, 64, 0.001, loss_weight=0.5,
+        optimizer="Adam", **PUBLISHED),
     "added": Recipe(
-        about="published: embedded number added to 60 features (98.13 on training images); mended: "
-        "one softmax, sum trained; chosen: number one-hot into 60, numbers drawn each epoch, "
-        "images shuffled",
-        encoder="two-conv-fc",
-        join="added",
-        epochs=12,
-        batch_size=16,
-        lr=0.001,
-        optimizer="Adam",
-        **AS_PUBLISHED,
-    ),
+        "published: embedded number added to 60 features (98.13 on training images)",
+        published.two_conv_fc, published.Added, 12, 16, 0.001, optimizer="Adam", **PUBLISHED),
 }
+# fmt: on
+
+
+def recipe_from_args(args):
+    """The row that `--recipe` names, with the columns that other flags replace."""
+    columns = {column.name for column in dataclasses.fields(Recipe)}
+    given = {k: v for k, v in vars(args).items() if k in columns and v is not None}
+    recipe = dataclasses.replace(RECIPES[args.recipe], **given)
+    if args.dry_run:
+        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, DRY_RUN_EPOCHS))
+    return recipe
+
+
+def load_model(path):
+    """Load the trained model of a run directory or a checkpoint, on the CPU, in evaluation mode.
+
+    Returns it and the checkpoint, a dict. Raises UserError if the file is not a checkpoint, or if
+    the table has a different network under the name of its recipe.
+    """
+    checkpoint = load_checkpoint(path)
+    name, saved = checkpoint["flags"].get("recipe"), checkpoint["recipe"]
+    row = RECIPES[name].as_plain() if name in RECIPES else {}
+    if any(saved.get(column) != row.get(column) for column in ("encoder", "head")):
+        raise UserError(f"{path}: recipe {name!r} of this version has a different network")
+    model = build_model(RECIPES[name].encoder, RECIPES[name].head)
+    restore(checkpoint, model)
+    return model.eval(), checkpoint

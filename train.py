@@ -1,344 +1,267 @@
 """Train a two-headed network on MNIST: image and random number in, digit and their sum out.
 
-python train.py                              # the default recipe, twenty epochs
-python train.py --recipe fast                # one epoch, seconds
-python train.py --epochs 20 --device cuda    # on a GPU; on the CPU where there is none
+python train.py                              # the default recipe
+python train.py --recipe fast                # one epoch, in seconds
+python train.py --epochs 20 --device cuda    # on a GPU; falls back to the CPU
+python train.py --resume                     # continue the latest unfinished run
+
+On several GPUs: torchrun --standalone --nproc-per-node 2 train.py
+
+A run prints a line per epoch and the test accuracies at the end, and leaves its checkpoints,
+metrics and plots in a new directory below runs/.
 """
 
-import dataclasses
-import math
-import os
-import platform
-import shlex
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
-import model
-from cli import (
-    UsageError,
-    announce_changes,
-    exit_status,
-    lasting,
-    parse_train,
-    resolve_recipe,
-    say,
-    warn,
-)
-from dataset import DOUBTED, MNISTSum, split_off
-from device import Stopped, pick_engine, stop_on_signals
-from learner import Learner, evaluate, train_epoch
-from rundir import BEST, LAST, RUNS, RunDir, RunError, load_checkpoint
-from scores import BROKEN, Predictions, TrainingError, epoch_line, result_line, summarise
+from dataset import MNISTSum, load_data, split_indices
+from model import build_model, count_parameters
+from recipes import RECIPES, recipe_from_args
+from support import distributed, metrics, rundir
+from support.args import TRANSIENT, check_changes, parse_train_args
+from support.console import exit_status, log, progress_bar, warn
+from support.constants import NUM_DIGITS, NUM_SUMS
+from support.device import move_model, pick_device, pick_precision
+from support.errors import UserError
+from support.signals import NEVER, stop_on_signals
 
-REDRAW_SECONDS = 10  # at least, between two drawings of loss.png
-PREDICTIONS, MISTAKES = 24, 30  # test images at most in predictions.png and mistakes.png
-DRY_BATCHES, DRY_IMAGES = 3, 200  # at most, in a dry run
+EVAL_BATCH = 500  # images, each evaluated with all ten addends
+PROGRESS_STEPS = 20  # steps between two updates of the losses in the progress bar
+DRY_RUN_BATCHES, DRY_RUN_IMAGES = 3, 200  # at most
+
+
+def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
+    """Train for one epoch, that of the dataset. Raises Stopped.
+
+    Returns float64 (steps, 5) on the CPU, see `metrics.epoch_metrics`. The values stay on the
+    device until the end of the epoch, because reading them at each step would stall it.
+    """
+    model.train()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    steps = dataset.num_batches(recipe.batch_size, recipe.drop_last)
+    batches = dataset.batches(recipe.batch_size, recipe.drop_last, rank, world_size)
+    rows, batch_sizes = [], []
+    for step, (batch_size, batch) in enumerate(batches, start=(dataset.epoch - 1) * steps):
+        stop.check()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * recipe.schedule(step, recipe.epochs * steps)
+
+        image, digit, addend, total = batch  # (B, 1, 28, 28), (B,), (B, 10), (B,)
+        with autocast():
+            digit_log_probs, sum_log_probs = model(image, addend)  # (B, 10), (B, 19)
+        # A process has a part of the batch. Sums over the part, divided by the size of the whole
+        # batch, add up over the processes.
+        digit_loss = F.nll_loss(digit_log_probs, digit, reduction="sum") / batch_size
+        sum_loss = F.nll_loss(sum_log_probs, total, reduction="sum") / batch_size
+        loss = recipe.loss_weight * (
+            smooth_labels(digit_loss, digit_log_probs, batch_size, recipe.label_smoothing)
+            + smooth_labels(sum_loss, sum_log_probs, batch_size, recipe.label_smoothing)
+        )
+        optimizer.zero_grad()
+        (world_size * loss).backward()  # gradients are averaged over the processes
+        optimizer.step()
+
+        correct_digits = (digit_log_probs.argmax(dim=1) == digit).sum()
+        correct_sums = (sum_log_probs.argmax(dim=1) == total).sum()
+        row = torch.stack([digit_loss, sum_loss, correct_digits, correct_sums]).detach()
+        rows.append(row)
+        batch_sizes.append([batch_size])
+        progress.update()
+        if (step + 1) % PROGRESS_STEPS == 0 and not progress.disable:
+            losses = world_size * row[:2]
+            progress.set_postfix(digit=f"{losses[0]:.3f}", sum=f"{losses[1]:.3f}")
+    distributed.broadcast_buffers(model)
+    rows = distributed.all_reduce_sum(torch.stack(rows)).cpu().double()
+    return torch.cat([rows, torch.tensor(batch_sizes)], dim=1)
+
+
+def smooth_labels(loss, log_probs, batch_size, smoothing):
+    """Add label smoothing, which `nll_loss` lacks, as `cross_entropy` defines it."""
+    uniform = -log_probs.sum() / (batch_size * log_probs.shape[1])
+    return (1 - smoothing) * loss + smoothing * uniform
+
+
+@torch.no_grad()
+def evaluate(model, dataset, autocast, stop=NEVER):
+    """Predict each image with each of the ten addends; an image is encoded once.
+
+    Returns Predictions for all images, on every process.
+    """
+    model.eval()
+    count, device = len(dataset), dataset.device
+    addends = torch.eye(NUM_DIGITS, device=device)
+    digit_log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS, device=device)
+    sum_log_probs = torch.zeros(count, NUM_DIGITS, NUM_SUMS, device=device)
+    part = torch.arange(distributed.rank(), count, distributed.world_size(), device=device)
+    for indices in part.split(EVAL_BATCH):
+        stop.check()
+        with autocast():
+            features = model.encode(dataset.normalized(indices))  # (B, F)
+        features = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
+        digit, total = model.classify(features, addends.repeat(len(indices), 1))
+        digit_log_probs[indices] = digit.view(-1, NUM_DIGITS, NUM_DIGITS)
+        sum_log_probs[indices] = total.view(-1, NUM_DIGITS, NUM_SUMS)
+    parts = map(distributed.all_reduce_sum, (digit_log_probs, sum_log_probs))
+    return metrics.Predictions(*(tensor.cpu() for tensor in parts), dataset.digits.cpu())
+
+
+@exit_status
+def main(argv):
+    """Train as the flags say; returns the exit status."""
+    start_time = time.perf_counter()
+    args = parse_train_args(argv, __doc__, RECIPES)
+    distributed.init_process_group()
+    rank = distributed.rank()
+
+    checkpoint = None
+    if args.resume is not None:
+        path = rundir.checkpoint_to_resume(args)
+        checkpoint = rundir.load_checkpoint(path)
+        args = parse_train_args(argv, __doc__, RECIPES, checkpoint["flags"])
+    recipe = recipe_from_args(args)
+
+    device, reason = pick_device(args.device, args.deterministic)
+    args.precision = pick_precision(args.precision, device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, args.precision == "bf16")
+
+    source = load_data(args.dataset, args.data_dir)
+    distributed.require_equal(source.name, "only some of the processes have MNIST")
+    args.dataset = source.name
+    train_set, held_out = make_datasets(source, recipe, args, device)
+
+    torch.manual_seed(args.seed)
+    model = move_model(build_model(recipe.encoder, recipe.head), device)
+    optimizer = make_optimizer(model, recipe)
+    check_batch_size(recipe, len(train_set), model)
+    num_batches = train_set.num_batches(recipe.batch_size, recipe.drop_last)
+
+    flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
+    settings = {"flags": flags, "recipe": recipe.as_plain()}
+    resume_flags = check_changes(checkpoint, **settings) if checkpoint else []
+    if args.eval_only:
+        rundir.restore(checkpoint, model)
+        for split, dataset in held_out.items():
+            test_metrics = evaluate(model, dataset, autocast).metrics()
+            log(metrics.result_line(split, test_metrics, checkpoint["info"]["note"]))
+        return 0
+
+    directory = path.parent if checkpoint else rank == 0 and rundir.create_directory(args)
+    directory = distributed.all_gather(directory)[0]
+    run_dir = rundir.RunDir(directory, rank == 0, resume_flags)
+    with run_dir.open(new=not checkpoint), stop_on_signals() as stop:
+        history, curve, calls = [], [], []  # a row per epoch, the training loss, the invocations
+        if checkpoint:
+            checkpoint = rundir.load_checkpoint(path)  # again: it could change until it was locked
+            rundir.restore(checkpoint, model, optimizer)
+            history, curve, calls = (checkpoint[name] for name in ("history", "curve", "calls"))
+            start_time -= checkpoint["seconds"]
+            run_dir.save_derived(checkpoint)
+        info, calls = rundir.run_info(
+            argv, args, recipe, device, source.note, count_parameters(model), history, calls
+        )
+        if not args.quiet:
+            rundir.log_header(info, reason, recipe, {"train": train_set, **held_out}, run_dir)
+        distributed.start_training(device)
+        parallel_model = distributed.replicate(model)
+
+        predictions = {}
+        with stop.interruptible():
+            for epoch in range(len(history) + 1, recipe.epochs + 1):
+                train_set.set_epoch(epoch, augment=epoch <= recipe.epochs - recipe.clean_epochs)
+                clock = time.perf_counter()
+                title = f"epoch {epoch}/{recipe.epochs}"
+                with progress_bar(num_batches, title, args.quiet) as progress:
+                    steps = train_epoch(
+                        parallel_model, optimizer, train_set, recipe, autocast, stop, progress
+                    )
+                seconds = {"train": time.perf_counter() - clock}
+                train_metrics, points = metrics.epoch_metrics(steps, epoch)
+                for split, dataset in held_out.items():  # the last one is the test set
+                    clock = time.perf_counter()
+                    predictions[split] = evaluate(model, dataset, autocast, stop)
+                    seconds[split] = time.perf_counter() - clock
+                lr = optimizer.param_groups[0]["lr"]
+                row = metrics.epoch_row(epoch, lr, train_metrics, predictions, seconds)
+                history.append(row)
+                curve += points
+                state = {"network": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"info": info, "calls": calls, "history": history, "curve": curve}
+                seconds_so_far = time.perf_counter() - start_time
+                run_dir.save_epoch({**settings, **state, "seconds": seconds_so_far})
+                if not args.quiet:
+                    log(metrics.epoch_line(row, recipe.epochs))
+            if not predictions:  # the run was complete already
+                predictions["test"] = evaluate(model, held_out["test"], autocast, stop)
+
+        interrupted = stop.signum is not None
+        if interrupted:
+            distributed.abort()
+            warn(f"interrupted after epoch {len(history)}/{recipe.epochs}")
+        else:
+            test_metrics = predictions["test"].metrics()
+            train_seconds = sum(row["train_seconds"] for row in history)
+            if not run_dir.has("results.json"):  # else this call did not train
+                results = info | {"test": test_metrics, "train_seconds": round(train_seconds, 3)}
+                results["total_seconds"] = round(time.perf_counter() - start_time, 3)
+                run_dir.save_json("results.json", results)
+            log(metrics.result_line("test", test_metrics, info["note"], train_seconds))
+        if "test" in predictions and rank == 0:
+            from support import plots  # not at the top: importing matplotlib takes half a second
+
+            test_set, title = held_out["test"], metrics.run_title(info, history[-1])
+            shown = test_set.images.cpu(), test_set.addends.cpu(), source.disputed
+            figures = plots.run_figures(
+                history, curve, predictions["test"], *shown, title, recipe.label_smoothing
+            )
+            for name, figure in figures.items():
+                run_dir.write(name, plots.as_png(figure))
+    if interrupted and history:
+        log(f"resume   {run_dir.resume_command()}")
+    elif not args.quiet:
+        log(f"saved    {run_dir.path}")
+    return 0 if stop.signum is None else 128 + stop.signum  # as shells expect
 
 
 def make_datasets(source, recipe, args, device):
-    """The Dataset to train on, and a dict of those held out: "val" if there is one, and "test".
-
-    Raises:
-        UsageError: the validation split leaves nothing to train on.
-    """
+    """The training set, and a dict of the held-out sets: "val" if there is one, and "test"."""
     count = len(source.train.data)
     if recipe.val_size >= count:
-        raise UsageError(f"--val-size {recipe.val_size} leaves nothing to train on; give less")
-    train, val = split_off(count, recipe.val_size, args.seed)
+        raise UserError(f"--val-size {recipe.val_size} leaves no training images", status=2)
+    train, val = split_indices(count, recipe.val_size, args.seed)
     test = torch.arange(len(source.test.data))
     if args.dry_run:
-        train = train[: DRY_BATCHES * recipe.batch_size]
-        val, test = val[:DRY_IMAGES], test[:DRY_IMAGES]
-    part = partial(MNISTSum, mean=recipe.mean, std=recipe.std, seed=args.seed, device=device)
+        train = train[: DRY_RUN_BATCHES * recipe.batch_size]
+        val, test = val[:DRY_RUN_IMAGES], test[:DRY_RUN_IMAGES]
+    make = partial(MNISTSum, mean=recipe.mean, std=recipe.std, seed=args.seed, device=device)
+    held_out = {"val": make(source.train, "val", val)} if recipe.val_size else {}
+    held_out["test"] = make(source.test, "test", test)
     options = {"addends": recipe.addends, "affine": recipe.affine}
-    held_out = {"val": part(source.train, "val", val)} if recipe.val_size else {}
-    held_out["test"] = part(source.test, "test", test)
-    return part(source.train, "train", train, **options), held_out
+    return make(source.train, "train", train, **options), held_out
 
 
-def count_steps(recipe, images, world):
-    """Steps that an epoch of so many images takes, each divided over `world` processes.
-
-    Raises:
-        UsageError: none, or batch normalisation would meet less than two images in one of them.
-    """
-    full, rest = divmod(images, recipe.batch_size)
-    smallest = rest if rest and not recipe.drop_last else recipe.batch_size
-    size = f"--batch-size {recipe.batch_size}"
-    if not full and recipe.drop_last:
-        raise UsageError(f"{size} leaves no full batch; give at most {images}")
-    if smallest // world < 2 and model.has_batch_norm(model.build(recipe.encoder, recipe.join)):
-        reason = f"makes a batch of {smallest}, which is too small for batch normalisation"
-        reason += f" in {world} processes" if world > 1 else ""
-        raise UsageError(f"{size} {reason}; give another, {images} images are to be divided")
-    return full + (smallest == rest)
+def make_optimizer(model, recipe):
+    """The optimizer of a recipe; `train_epoch` sets its learning rate at each step."""
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": fused}
+    options |= recipe.optimizer_options
+    return getattr(torch.optim, recipe.optimizer)(model.parameters(), **options)
 
 
-@dataclasses.dataclass
-class Run:
-    """A run: what it works with, and what it has done so far."""
-
-    learner: Learner
-    train_set: MNISTSum
-    held_out: dict[str, MNISTSum]
-    steps: int  # an epoch
-    rundir: RunDir
-    facts: dict  # what results.json says beside the results
-    settings: dict  # the lasting flags and the recipe, in plain types
-    tell: Callable[[str], None]  # prints a line, unless it is to be quiet
-    bar: Callable[..., tqdm]
-    started: float  # on the clock of time.perf_counter
-    history: list[dict] = dataclasses.field(default_factory=list)  # a row an epoch
-    curve: list[tuple] = dataclasses.field(default_factory=list)  # of the training loss
-    predictions: Predictions | None = None  # for the test set, after the last whole epoch
-
-    def take_up(self, path, stop):
-        """Go on from a checkpoint, and mend what hangs on it."""
-        state = load_checkpoint(path)  # again: till the folder was held, it could be written to
-        self.learner.load(state)
-        self.history, self.curve = state["history"], state["curve"]
-        self.started -= state["seconds"]
-        self.keep_best(state)
-        self.rundir.save_history(self.history)
-        self.predictions = evaluate(self.learner, self.held_out["test"], stop)
-
-    def train(self, stop):
-        """Train the epochs that are left, each saved when it is whole. Raises Stopped."""
-        drawn = time.perf_counter()
-        epochs = self.learner.recipe.epochs
-        for epoch in range(len(self.history) + 1, epochs + 1):
-            self.train_one(epoch, stop)
-            self.save()
-            self.tell(epoch_line(self.history[-1], epochs))
-            due = time.perf_counter() - drawn > REDRAW_SECONDS and epoch < epochs
-            if due and self.rundir.writable:
-                import plots  # here, as matplotlib takes a second, which --help need not wait for
-
-                figure = plots.loss_figure(self.curve, self.history, self.title())
-                self.rundir.save_figure("loss.png", figure)
-                drawn = time.perf_counter()
-
-    def train_one(self, epoch, stop):
-        """Train and evaluate one epoch, and add its row to the history."""
-        learner, recipe = self.learner, self.learner.recipe
-        total_steps = recipe.epochs * self.steps
-        self.train_set.set_epoch(epoch, augment=epoch <= recipe.epochs - recipe.clean_epochs)
-        clock = time.perf_counter()
-        with self.bar(total=self.steps, desc=f"epoch {epoch}/{recipe.epochs}") as bar:
-            done = (epoch - 1) * self.steps
-            record = train_epoch(learner, self.train_set, done, total_steps, stop, bar)
-        seconds = {"train_seconds": time.perf_counter() - clock}
-        figures, curve = summarise(record, epoch)
-        row = {"epoch": epoch, "lr": learner.optimizer.param_groups[0]["lr"]}
-        row |= {f"train_{name}": value for name, value in figures.items()}
-        for part, dataset in self.held_out.items():
-            clock = time.perf_counter()
-            predictions = evaluate(learner, dataset, stop)
-            seconds[f"{part}_seconds"] = time.perf_counter() - clock
-            figures = predictions.score()
-            del figures["consistency"]  # has no column of its own
-            row |= {f"{part}_{name}": value for name, value in figures.items()}
-        if not all(map(math.isfinite, row.values())):
-            raise TrainingError(BROKEN.format(f"on held-out images after epoch {epoch}"))
-        self.history.append(row | {name: round(value, 3) for name, value in seconds.items()})
-        self.curve.extend(curve)
-        self.predictions = predictions
-
-    def save(self):
-        """Save the epoch just done: the checkpoint first, as all else can be made from it."""
-        # What a shorter run left goes before, or a kill could leave its figures beside more epochs.
-        self.rundir.remove("results.json")
-        state = self.settings | {"history": self.history, "curve": self.curve}
-        state |= {"seconds": time.perf_counter() - self.started, **self.learner.state()}
-        self.rundir.save_checkpoint(LAST, state)
-        self.keep_best(state)
-        self.rundir.save_history(self.history)
-
-    def keep_best(self, state):
-        """Save the checkpoint of the last epoch again if it is the best one on held-out images."""
-        validated = [row.get("val_both_accuracy", 0.0) for row in self.history]
-        if validated[-1] > max(validated[:-1], default=0.0):
-            self.rundir.save_checkpoint(BEST, state)
-
-    def title(self):
-        """A heading for pictures: what was run, how well, and what must be known of it."""
-        row, facts = self.history[-1], self.facts
-        text = f"{facts['recipe']}, seed {facts['seed']}, epoch {row['epoch']} of {facts['epochs']}"
-        text += f": {100 * row['test_digit_accuracy']:.2f} % digit, "
-        text += f"{100 * row['test_sum_accuracy']:.2f} % sum"
-        return f"{text} ({facts['note']})" if facts["note"] else text
-
-    def draw(self):
-        """Draw the pictures, and return their paths."""
-        import plots
-
-        predictions, title = self.predictions, self.title()
-        test_set = self.held_out["test"]
-        images = test_set.images.cpu()
-        shown = torch.arange(min(PREDICTIONS, len(images)))
-        addends = test_set.addends[shown].cpu()
-        digits, sums = (part[shown, addends] for part in predictions.predicted())
-        some = images[shown], predictions.digits[shown], addends, digits, sums
-        wrong, guesses, confidences = predictions.worst(MISTAKES)
-        doubted = DOUBTED if self.facts["dataset"] == "mnist" else {}
-        notes = ["label doubted" if index in doubted else "" for index in wrong.tolist()]
-        worst = images[wrong], predictions.digits[wrong], guesses, confidences, wrong, notes
-        figures = {
-            "loss.png": plots.loss_figure(self.curve, self.history, title),
-            "accuracy.png": plots.accuracy_figure(self.history, title),
-            "confusion_matrix.png": plots.confusion_figure(*predictions.confusion(), title),
-            "predictions.png": plots.predictions_figure(*some, title),
-            "mistakes.png": plots.mistakes_figure(*worst, title),
-        }
-        return [self.rundir.save_figure(name, figure) for name, figure in figures.items()]
-
-    def report(self):
-        """Write results.json, but where it stands: after a call that trained nothing."""
-        if self.rundir.has("results.json"):
-            return
-        seconds = {
-            "train_seconds": round(sum(row["train_seconds"] for row in self.history), 3),
-            "total_seconds": round(time.perf_counter() - self.started, 3),
-        }
-        test = {"test": self.predictions.score()}
-        self.rundir.save_json("results.json", self.facts | test | seconds)
-
-
-def describe(args, recipe, engine, source, network):
-    """What is to be known of a run beside its results, for its files."""
-    notes = [source.note, "DRY RUN: a few batches only" if args.dry_run else ""]
-    return {
-        "recipe": args.recipe,
-        "dataset": source.name,
-        "note": "; ".join(filter(None, notes)),
-        "seed": args.seed,
-        "epochs": recipe.epochs,
-        "device": str(engine.device),
-        "precision": engine.precision,
-        "processes": engine.world,
-        "threads": torch.get_num_threads(),
-        "parameters": model.count_parameters(network),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": version("torchvision"),
-        },
-    }
-
-
-def headlines(facts, engine, recipe, network, train_set, held_out, rundir):
-    """The lines at a run's start."""
-    sizes = [f"{len(part):,} {name}" for name, part in {"train": train_set, **held_out}.items()]
-    processes = f"{facts['processes']} processes of " if facts["processes"] > 1 else ""
-    threads = f"{processes}{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
-    yield f"device   {engine.device} ({engine.reason}), {engine.precision}, {threads}"
-    yield f"data     {facts['dataset']}: {', '.join(sizes)} images"
-    yield f"recipe   {facts['recipe']}: {recipe.about}"
-    yield model.summary(network)
-    yield f"seed     {facts['seed']}"
-    yield f"run      {rundir.path}"
-
-
-def say_note(facts):
-    """Print what must be known of the results, if anything must."""
-    if facts["note"]:
-        say(f"note     {facts['note']}")
-
-
-def main(argv=None):
-    """Run the command line `argv`, by default the process's own; returns the exit status."""
-    return exit_status(partial(run, sys.argv[1:] if argv is None else list(argv)))
-
-
-def run(argv):
-    """What the flags ask for, on the device that is there, by as many processes as there are."""
-    started = time.perf_counter()
-    args, path, state = parse_train(__doc__, argv)
-    engine = pick_engine(args.device, args.precision, args.deterministic)
-    if engine.fell_back:
-        warn(f"warning: {engine.reason}: running on the CPU")
-    command = shlex.join(["python", "train.py", *argv])
-    with engine.joined():
-        return carry_out(args, engine, path, state, command, started)
-
-
-def carry_out(args, engine, path, state, command, started):
-    """A run in the order of events: data, network, folder, epochs, result, pictures."""
-    import mnist  # here, as torchvision takes seconds, which a wrong flag need not wait for
-
-    recipe = resolve_recipe(args)
-    source = mnist.load(args.dataset, args.data_dir, warn)
-    if not engine.agrees(source.name):
-        advice = "put it into each one's --data-dir, or give --dataset synthetic"
-        raise RunError(f"some processes have MNIST, and some have not; {advice}")
-    args.dataset = source.name  # a run that is resumed is never given the other
-    settings = {"flags": lasting(args), "recipe": recipe.as_plain()}
-    train_set, held_out = make_datasets(source, recipe, args, engine.device)
-    steps = count_steps(recipe, len(train_set), engine.world)
-    if state:
-        announce_changes(state, settings)
-    learner = Learner.build(recipe, engine, args.seed)
-    facts = describe(args, recipe, engine, source, learner.network)
-    if args.eval_only:
-        learner.load(state)
-        for part, dataset in held_out.items():
-            say(result_line(part, evaluate(learner, dataset).score()))
-        say_note(facts)
-        return 0
-
-    if state or engine.rank:
-        rundir = RunDir(path.parent if state else RUNS, writable=engine.rank == 0)
-    else:
-        name = f"{args.name or args.recipe}{'-dry-run' if args.dry_run else ''}"
-        rundir = RunDir.create(name, args.output_dir)
-    tell = (lambda line: None) if args.quiet else say
-    for line in headlines(facts, engine, recipe, learner.network, train_set, held_out, rundir):
-        tell(line)
-    hidden = args.quiet or engine.rank or os.environ.get("TQDM_DISABLE")
-    bar = partial(tqdm, total=steps, leave=False, disable=True if hidden else None)  # None: no tty
-    with rundir.working(), stop_on_signals() as stop:
-        run = Run(learner, train_set, held_out, steps, rundir, facts, settings, tell, bar, started)
-        try:
-            if state:
-                run.take_up(path, stop)
-            if len(run.history) < recipe.epochs:  # else this call is not what made the run
-                rundir.save_json("args.json", {"command": command, **facts, **settings})
-            run.train(stop)
-        except Stopped:
-            pass
-        except RuntimeError as error:  # what a process meets when another one has gone
-            if engine.world == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            if stop.signum is None:
-                cause = str(error).strip().splitlines()[0]
-                failure = f"a process of this run failed: {cause}; {rundir.way_on}"
-                raise RunError(failure) from error
-        stopped = stop.signum is not None  # or else all is done, whatever comes while it draws
-        if stopped:
-            engine.abort()
-            warn(f"stopped: {len(run.history)} of {recipe.epochs} epochs are done")
-            if not run.history:
-                rundir.abandon()
-        else:
-            run.report()
-            seconds = sum(row["train_seconds"] for row in run.history)
-            line = result_line("test", run.predictions.score())
-            say(f"{line}; {seconds:.1f} s of training")
-            say_note(facts)
-        pictures = run.draw() if run.predictions and rundir.writable else []
-    for picture in pictures:
-        say(f"picture  {picture}")
-    if stopped and run.history:
-        say(f"resume   python train.py {rundir.resume}")
-    if run.history:
-        say(f"run      {rundir.path}")
-    return stop.exit_status
+def check_batch_size(recipe, num_images, model):
+    """Raise UserError if there is no full batch, or one too small for batch normalization."""
+    size, world_size = f"--batch-size {recipe.batch_size}", distributed.world_size()
+    if recipe.drop_last and num_images < recipe.batch_size:
+        raise UserError(f"{size} leaves no full batch of {num_images} images", status=2)
+    last = 0 if recipe.drop_last else num_images % recipe.batch_size
+    smallest = (last or recipe.batch_size) // world_size
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm  # cannot normalize a single image
+    if smallest < 2 and any(isinstance(layer, batch_norm) for layer in model.modules()):
+        message = f"{size} leaves {smallest} images for one of {world_size} processes in a step"
+        raise UserError(f"{message}, too few for batch normalization", status=2)
 
 
 if __name__ == "__main__":

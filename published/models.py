@@ -1,0 +1,116 @@
+"""The networks of the four published systems, layer by layer. See README.md for their sources."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import digit_layer
+from support.constants import NUM_DIGITS, NUM_SUMS
+
+
+def stack(layer, *sizes, **options):
+    """A list of layers: `layer` and ReLU between consecutive sizes."""
+    layers = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [layer(inputs, outputs, **options), nn.ReLU(inplace=True)]
+    return layers
+
+
+def seven_conv():
+    """Encoder of concat-mlp: seven 3x3 convolutions; the last returns the digit logits."""
+    return nn.Sequential(
+        *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
+        nn.MaxPool2d(2),  # (B, 64, 14, 14)
+        *stack(nn.Conv2d, 64, 128, 256, kernel_size=3, padding=1),
+        nn.MaxPool2d(2),  # (B, 256, 7, 7)
+        *stack(nn.Conv2d, 256, 512, 1024, kernel_size=3),  # (B, 1024, 3, 3)
+        nn.Conv2d(1024, NUM_DIGITS, 3),  # (B, 10, 1, 1)
+        nn.Flatten(),
+    )
+
+
+def six_conv():
+    """Encoder of concat-linear: six 3x3 convolutions, two layers; the last returns the logits."""
+    return nn.Sequential(
+        *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
+        nn.MaxPool2d(2),  # (B, 64, 14, 14)
+        *stack(nn.Conv2d, 64, 128, 256, kernel_size=3, padding=1),
+        nn.MaxPool2d(2),  # (B, 256, 7, 7)
+        *stack(nn.Conv2d, 256, 256, 512, kernel_size=3),  # (B, 512, 3, 3)
+        nn.Flatten(),
+        *stack(nn.Linear, 4608, 1024),
+        nn.Linear(1024, NUM_DIGITS),
+    )
+
+
+def two_conv():
+    """Encoder of shared-trunk: two 5x5 convolutions."""
+    return nn.Sequential(
+        *stack(nn.Conv2d, 1, 6, kernel_size=5),
+        nn.MaxPool2d(2),  # (B, 6, 12, 12)
+        *stack(nn.Conv2d, 6, 12, kernel_size=5),
+        nn.MaxPool2d(2),  # (B, 12, 4, 4)
+        nn.Flatten(),  # (B, 192)
+    )
+
+
+def two_conv_fc():
+    """Encoder of added: that of shared-trunk and two layers down to 60 features."""
+    return nn.Sequential(*two_conv(), *stack(nn.Linear, 192, 120, 60))
+
+
+class ConcatMLP(nn.Module):
+    """Digit logits and one-hot addend, concatenated -> FC 128 -> ReLU -> FC 19."""
+
+    hidden = (128,)
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = digit_layer(num_features)
+        sizes = NUM_DIGITS + NUM_DIGITS, *self.hidden
+        self.sum = nn.Sequential(*stack(nn.Linear, *sizes), nn.Linear(sizes[-1], NUM_SUMS))
+
+    def forward(self, features, addend):
+        digit_logits = self.digit(features)  # (B, 10)
+        return digit_logits, self.sum(torch.cat([digit_logits, addend], dim=1))
+
+
+class ConcatLinear(ConcatMLP):
+    """The same without a hidden layer: concatenated -> FC 19."""
+
+    hidden = ()
+
+
+class SharedTrunk(nn.Module):
+    """Features and embedded addend, concatenated -> FC 120 -> 60 -> 45 -> digit and sum.
+
+    The digit output sees the addend too, so an image has a digit prediction for each addend.
+    """
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.embedding = nn.Linear(NUM_DIGITS, 30)
+        self.trunk = nn.Sequential(*stack(nn.Linear, num_features + 30, 120, 60, 45))
+        self.digit = nn.Linear(45, NUM_DIGITS)
+        self.sum = nn.Linear(45, NUM_SUMS)
+
+    def forward(self, features, addend):
+        embedded = F.relu(self.embedding(addend))  # (B, 30)
+        shared = self.trunk(torch.cat([features, embedded], dim=1))  # (B, 45)
+        return self.digit(shared), self.sum(shared)
+
+
+class Added(nn.Module):
+    """The addend, embedded in as many dimensions as the features, added to them -> FC 19."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = digit_layer(num_features)
+        self.embedding = nn.Linear(NUM_DIGITS, num_features)
+        self.sum = nn.Linear(num_features, NUM_SUMS)
+
+    def forward(self, features, addend):
+        embedded = F.relu(self.embedding(addend))  # (B, F)
+        return self.digit(features), self.sum(features + embedded)

@@ -1,0 +1,137 @@
+"""The command-line flags of train.py, their ranges, and which of them may change on resume."""
+
+import argparse
+import re
+import textwrap
+
+from support.console import warn
+from support.errors import UserError
+
+# Flags that concern one call and are not stored with the run.
+TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}
+# Flags and recipe columns that cannot change on resume.
+IMMUTABLE = {"recipe", "encoder", "head", "seed", "dataset", "dry_run", "addends", "val_size"}
+IMMUTABLE |= {"affine", "mean", "std", "drop_last", "optimizer", "optimizer_options"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations that raises UserError with a one-line message."""
+
+    def __init__(self, **options):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help", status=2)
+
+
+def number(kind, low, high):
+    """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
+
+
+def device_name(text):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?|mps", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+def train_parser(manual, recipes):
+    """The parser of train.py. Flags that replace a column of the recipe default to None."""
+    width = max(map(len, recipes))
+    rows = [f"  {name:<{width}}  {recipe.description}" for name, recipe in recipes.items()]
+    rows = [textwrap.fill(row, 100, subsequent_indent=" " * (width + 4)) for row in rows]
+    parser = Parser(prog="train.py", description=manual, epilog="\n".join(["recipes:", *rows]))
+    count, rate, decay = number(int, 1, 100_000), number(float, 1e-9, 100), number(float, 0, 10)
+    val_size, seed = number(int, 0, 59_999), number(int, 0, 2**32 - 1)
+
+    def flag(*names, **options):
+        if "default" in options:
+            options["help"] += " (default: %(default)s)"
+        group.add_argument(*names, **options)
+
+    group = parser.add_argument_group("recipe", "flags override the recipe")
+    text = "row of the table below"
+    flag("--recipe", choices=recipes, default="default", metavar="NAME", help=text)
+    flag("--epochs", type=count, metavar="N", help="1 to 100000")
+    flag("-b", "--batch-size", type=count, metavar="N", help="images per step, 1 to 100000")
+    flag("--lr", type=rate, metavar="X", help="peak learning rate, 1e-9 to 100")
+    flag("--weight-decay", type=decay, metavar="X", help="0 to 10")
+    flag("--addends", choices=["each-epoch", "once"], help="when the random numbers are drawn")
+    flag(
+        "--val-size", type=val_size, metavar="N", help="images held out for validation, 0 to 59999"
+    )
+
+    group = parser.add_argument_group("run")
+    flag("--seed", type=seed, default=0, metavar="N", help="0 to 4294967295")
+    text = "auto: MNIST, or synthetic digits if it is unavailable"
+    flag("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help=text)
+    text = "dataset root, in torchvision's layout"
+    flag("--data-dir", default="data", metavar="DIR", help=text)
+    text = "auto, cpu, cuda, cuda:N or mps; falls back to the CPU"
+    flag("--device", type=device_name, default="auto", help=text)
+    text = "auto: bf16 on GPUs and CPUs that have it in hardware"
+    flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
+    text = "on a GPU: bit-for-bit reproducible; may be slower"
+    flag("--deterministic", action="store_true", help=text)
+
+    group = parser.add_argument_group("output")
+    text = "directory of the run; by default a new one, runs/RECIPE"
+    flag("--output-dir", metavar="DIR", help=text)
+    text = "resume from a run directory, by default the latest unfinished run"
+    flag("--resume", nargs="?", const="", metavar="PATH", help=text)
+    flag("--eval-only", action="store_true", help="with --resume: evaluate, do not train")
+    flag("--dry-run", action="store_true", help="smoke test: a few batches end to end")
+    flag("-q", "--quiet", action="store_true", help="print only the result")
+    return parser
+
+
+def parse_train_args(argv, manual, recipes, saved=None):
+    """Parse the flags of train.py; those not given come from the `saved` ones of a resumed run."""
+    parser = train_parser(manual, recipes)
+    parser.set_defaults(**saved or {})
+    args = parser.parse_args(argv)
+    if args.recipe not in recipes:  # that of a resumed run; argparse does not check defaults
+        parser.error(f"the recipe {args.recipe!r} does not exist")
+    if args.eval_only and args.resume is None:
+        parser.error("--eval-only needs --resume")
+    if args.output_dir and args.resume is not None:
+        parser.error("--resume continues in the run's own directory: leave out --output-dir")
+    return args
+
+
+def check_changes(checkpoint, flags, recipe):
+    """Report what differs from the resumed run; returns the changed flags for a command line.
+
+    `flags` and `recipe` are dicts of plain types, as in the checkpoint. Raises UserError if the
+    change would make it a different experiment.
+    """
+    saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
+    if current["epochs"] < (done := len(checkpoint["history"])):
+        raise UserError(f"--epochs {current['epochs']} is less than the {done} trained already", 2)
+    warnings, changed_flags = [], []
+    for name, value in current.items():
+        if name == "description" or name in saved and saved[name] == value:
+            continue
+        label = f"--{name.replace('_', '-')}" if name in flags else f"recipe column {name}"
+        change = f"{label} is now {value}, was {saved.get(name)}"
+        if name in IMMUTABLE:
+            raise UserError(f"{change}: it cannot change on resume; start a new run", 2)
+        if name == "epochs":
+            change += "; the schedule continues on the new length"
+        if name == "data_dir" and current["dataset"] == "synthetic":
+            change += "; the run stays on synthetic digits, NOT MNIST"
+        warnings.append(f"warning: {change}")
+        if name in flags:
+            changed_flags += [label] if value is True else [label, str(value)]
+    for warning in warnings:  # only once everything is allowed
+        warn(warning)
+    return changed_flags

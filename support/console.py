@@ -1,0 +1,75 @@
+"""Output lines, the progress bar, and the exit status of a script."""
+
+import functools
+import os
+import sys
+
+import torch
+from tqdm import tqdm
+
+from support import distributed
+from support.errors import UserError
+
+
+def log(text, file=None, all_ranks=False):
+    """Print a line, with unprintable characters escaped, on rank 0 or on every rank that calls."""
+    if all_ranks or distributed.rank() == 0:
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        print(text, file=file, flush=True)
+
+
+def warn(text, all_ranks=False):
+    """`log` to stderr."""
+    log(text, sys.stderr, all_ranks)
+
+
+def progress_bar(total, title, quiet):
+    """A progress bar on stderr; hidden if it is no terminal, if `quiet`, and on other ranks."""
+    hidden = quiet or distributed.rank() > 0 or not sys.stderr.isatty()
+    # Without an explicit `disable`, tqdm obeys TQDM_DISABLE.
+    return tqdm(total=total, desc=title, leave=False, **({"disable": True} if hidden else {}))
+
+
+def exit_status(main):
+    """Decorate `main(argv)`: an exception becomes one line on stderr and an exit status.
+
+    2 is wrong usage, 130 Ctrl-C, 1 any other failure.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            status = main(sys.argv[1:] if argv is None else list(argv))
+            distributed.close()
+            return status
+        except UserError as error:
+            return fail(error, str(error), error.status)
+        except torch.OutOfMemoryError as error:
+            return fail(error, f"{str(error).splitlines()[0]}; try a smaller --batch-size")
+        except RuntimeError as error:
+            if distributed.world_size() == 1:
+                raise
+            cause = str(error).strip().splitlines()[0]
+            return fail(error, f"another process of this run failed ({cause})")
+        except OSError as error:
+            if os.environ.get("DEBUG") == "1":
+                raise
+            if error.filename is None:  # probably stdout's: Python would fail again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            path = f"{error.filename}: " if error.filename else ""
+            return fail(error, f"{path}{error.strerror or error} (DEBUG=1 shows the traceback)")
+        except KeyboardInterrupt:
+            warn("interrupted")
+            return 130
+
+    return wrapper
+
+
+def fail(error, message, status=1):
+    """Print an error with its notes: once for all ranks if they share it, else with its rank."""
+    message = "; ".join([message, *getattr(error, "__notes__", ())])
+    shared = getattr(error, "shared", False)
+    if not shared:
+        message, shared = distributed.share_error(message)
+    warn(f"error: {message}", all_ranks=not shared)
+    return status

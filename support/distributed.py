@@ -1,0 +1,111 @@
+"""The processes that torchrun starts: their ranks, and what they exchange. Also works for one."""
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from support.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)
+
+_gpu_group = None  # the NCCL group for tensors on GPUs; without it the default group, Gloo
+_setting_up = True  # whether all ranks still make the same calls of `all_gather`
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def init_process_group():
+    """Connect the processes, if there are several, over Gloo, which needs no GPU."""
+    global _setting_up, _gpu_group
+    _setting_up, _gpu_group = True, None
+    if world_size() > 1:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def all_gather(value, error=""):
+    """The values of all ranks. If one has an error (see `share_error`), all raise UserError."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, (value, error))
+    values, errors = zip(*gathered, strict=True)
+    if any(errors):
+        own = [f"rank {i}: {error}" for i, error in enumerate(errors) if error]
+        raise UserError(errors[0] if len(set(errors)) == 1 else "; ".join(own), shared=True)
+    return list(values)
+
+
+def require_equal(value, message):
+    """Raise UserError with the message on all ranks if their values differ."""
+    if len(set(all_gather(value))) > 1:
+        raise UserError(message, shared=True)
+
+
+def share_error(message):
+    """The message to print for an error of this rank, and whether rank 0 prints it for all.
+
+    During setup the other ranks wait in the next `all_gather`: pass it there, so that all end.
+    """
+    if not dist.is_initialized():
+        return message, True
+    if _setting_up:
+        try:
+            all_gather(None, message)
+        except UserError as error:
+            return str(error), True
+        except RuntimeError:  # another process has died
+            pass
+    return f"rank {rank()}: {message}", False
+
+
+def start_training(device):
+    """End the setup: from here on the ranks exchange tensors on their devices."""
+    global _setting_up, _gpu_group
+    all_gather("ready")
+    if world_size() > 1 and device.type == "cuda":
+        _gpu_group = dist.new_group(backend="nccl")
+    _setting_up = False
+
+
+def replicate(model):
+    """The model with gradients averaged over the processes, if there are several."""
+    if world_size() == 1:
+        return model
+    if _gpu_group:  # SyncBatchNorm does not run on CPUs
+        model = SyncBatchNorm.convert_sync_batchnorm(model, _gpu_group)
+    return DistributedDataParallel(model, process_group=_gpu_group)
+
+
+def all_reduce_sum(tensor):
+    """Sum a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, group=_gpu_group)
+    return tensor
+
+
+def broadcast_buffers(model):
+    """Copy rank 0's buffers to all: between steps each process has its own running statistics."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0, group=_gpu_group)
+
+
+def abort():
+    """Cancel pending communication, for which a GPU would wait: ranks may stop at any step."""
+    if world_size() > 1:
+        (_gpu_group or dist.group.WORLD).abort()
+
+
+def close():
+    """Leave the process group. Not after an error, since other ranks might never get here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,47 @@
+"""Atomic writes, and a lock on a directory."""
+
+import os
+from contextlib import contextmanager, suppress
+
+from support.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which cannot lock directories
+    fcntl = None
+CAN_LOCK = fcntl is not None
+
+
+@contextmanager
+def lock_directory(path, wait):
+    """Hold an exclusive lock on a directory; if it is held, wait or raise UserError.
+
+    It leaves no file behind, and the system frees it when the process ends.
+    """
+    if not CAN_LOCK:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(f"another process is using {path}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path, content):
+    """Write bytes to a file, which at any time has its old content or all of the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror})") from error

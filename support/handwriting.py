@@ -1,0 +1,265 @@
+"""Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
+
+`read_picture` opens a file. `prepare` separates ink from paper and normalizes the digit as in
+MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the maximum to 255, shift the
+center of mass to index 14. MNIST's own digits change by at most one gray level.
+
+    prepare(read_picture("seven.jpg")).pixels  # uint8 (28, 28), light on dark
+"""
+
+import math
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.polynomial.legendre import legvander
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from support.constants import SIDE
+from support.errors import UserError
+
+NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
+DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
+SEARCH_SIDE = 480  # pixels; the image is reduced to this size to search for ink
+SMALL = 0.25  # a digit smaller than this fraction of the image is cropped and searched again
+GRID = 32  # the paper's color is fitted to this many averages along the longer side
+BORDER = 0.05  # width of a border that is mostly paper, as a fraction of the shorter side
+FAINT = 0.4  # fraction of the strong ink's strength; ink is stronger
+NOISE = 5  # standard deviations of the surroundings; ink is stronger
+CLEAR = 4.7  # standard deviations of the paper; if the strong ink is weaker, there is no ink
+FULL = 0.9  # fraction of the ink's 0.9 quantile; anything stronger counts as full ink
+SPECK = 0.03  # fraction of the heaviest component's mass; lighter components are dropped
+
+
+class Prepared(NamedTuple):
+    """A digit as an MNIST image."""
+
+    pixels: np.ndarray  # uint8 (28, 28), light on dark; all 0 if no ink was found
+    warnings: tuple[str, ...] = ()  # a subset of NO_INK, SEVERAL, CUT
+
+
+class Box(NamedTuple):
+    """A range of rows and columns; bottom and right are exclusive."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @classmethod
+    def around(cls, mask):
+        """The bounding box of the nonzero elements."""
+        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        return cls(rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
+
+    @property
+    def side(self):
+        """The longer side."""
+        return max(self.bottom - self.top, self.right - self.left)
+
+    def gaps(self, other):
+        """Horizontal and vertical distance to another box; negative where they overlap."""
+        horizontal = max(self.left, other.left) - min(self.right, other.right)
+        vertical = max(self.top, other.top) - min(self.bottom, other.bottom)
+        return horizontal, vertical
+
+    def touches_edge(self, shape):
+        """Whether the box reaches the edge of an image of this shape."""
+        return 0 in (self.top, self.left) or self.bottom == shape[0] or self.right == shape[1]
+
+
+def read_picture(file):
+    """Open an image file, given as a path or a binary stream.
+
+    Raises:
+        UserError: it is missing, damaged, animated, too large, too small or not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(Path(file) if isinstance(file, str) else file)  # "" crashes Pillow
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError("animated; give a single image")
+            image.load()
+    except UnidentifiedImageError as error:
+        raise UserError("not a readable image") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError("too many pixels; give a smaller image") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
+        reason = getattr(error, "strerror", None) or "damaged image"
+        raise UserError(f"cannot be read ({reason})") from error
+    if min(image.size) < 3:
+        raise UserError(f"only {image.width} x {image.height} pixels; give a larger image")
+    return image
+
+
+def prepare(image):
+    """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
+    image = upright(image)
+    factor = math.ceil(max(image.size) / SEARCH_SIDE)
+    rgb = np.asarray(image.reduce(factor), dtype=float)  # (H, W, 3)
+    ink, threshold, noiseless = find_ink(rgb)
+    digit, found = select_digit(ink, threshold, noiseless)
+    if not digit.any():
+        return Prepared(np.zeros((SIDE, SIDE), np.uint8), (NO_INK,))
+    top, bottom, left, right = box = Box.around(digit)
+    if box.side < SMALL * max(ink.shape) and factor > 1:
+        area = (np.array([left, top, right, bottom]) + box.side * np.array([-1, -1, 1, 1])) * factor
+        closer = prepare(image.crop(area.clip(0, [*image.size, *image.size]).tolist()))
+        return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
+    if not noiseless:  # strokes have soft edges and uneven ink
+        digit = np.minimum(digit, FULL * np.quantile(digit[digit > 0], 0.9))
+    return Prepared(as_mnist(digit[top:bottom, left:right]), found)
+
+
+def upright(image):
+    """Convert an image to RGB, rotated as its EXIF data says, on a white background."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
+        values = np.asarray(image, dtype=np.float64)
+        span = max(np.ptp(values), 1e-9)
+        image = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def find_ink(rgb):
+    """Separate ink from paper.
+
+    Ink is what differs from paper along one direction in color space. Differences are measured in
+    standard deviations of the paper, so that colored ink is found on paper of the same brightness;
+    an image whose border has a single color counts as noiseless, and its differences are kept.
+
+    Returns the ink's strength, float (H, W), the threshold below which it is paper, and noiseless.
+    """
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    background = np.median(border, axis=0)
+    noiseless = (border == background).all(axis=1).mean() > 0.9
+    difference = rgb - background if noiseless else whitened_difference(rgb)
+    ink = np.linalg.norm(difference, axis=2)
+    for _ in range(3):  # each pass estimates the direction from a better estimate of the ink
+        strong = ink > np.quantile(ink, 0.999, method="lower") / 2
+        if not strong.any():
+            return np.zeros_like(ink), 0.0, noiseless
+        direction = difference[strong].mean(axis=0)
+        projection = difference @ (direction / np.linalg.norm(direction))
+        ink = projection.clip(0)
+    strength = np.median(ink[strong])
+    if noiseless:
+        return ink, FAINT * strength, True
+    if strength < CLEAR:
+        return np.zeros_like(ink), 0.0, False
+    rest = projection[~strong]
+    deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
+    return ink, max(FAINT * strength, NOISE * deviation), False
+
+
+def whitened_difference(rgb):
+    """Differences from the paper's color in its standard deviations, float (H, W, 3)."""
+    paper = fit_paper(rgb)
+    # Contrast is proportional to brightness: undo shading.
+    difference = (rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper.clip(0) + 24)
+    rows = np.pad(difference, ((1, 1), (1, 1), (0, 0)), "edge")
+    rows = rows[:-2] + rows[1:-1] + rows[2:]
+    difference = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9  # 3x3 average, against grain
+    border = np.ones(difference.shape[:2], dtype=bool)
+    width = max(1, int(BORDER * min(border.shape)))
+    border[width:-width, width:-width] = False
+    covariance = np.cov(difference[border].T) + 4 * np.eye(3)
+    return difference @ np.linalg.cholesky(np.linalg.inv(covariance))
+
+
+def fit_paper(rgb):
+    """Estimate the paper's color under the ink, float (H, W, 3).
+
+    Fits a quadratic surface to each channel of a reduced image, with least absolute deviations
+    (by iteratively reweighted least squares), on which the small area of ink has little influence.
+    """
+    height, width, _ = rgb.shape
+    scale = min(1, GRID / max(height, width))
+    rows, columns = (max(3, round(side * scale)) for side in (height, width))
+    channels = [Image.fromarray(c) for c in np.moveaxis(rgb.astype(np.float32), 2, 0)]
+    reduced = [np.asarray(c.resize((columns, rows), Image.Resampling.BOX)) for c in channels]
+    reduced = np.stack(reduced, axis=-1).reshape(-1, 3).astype(float)
+
+    def polynomials(*shape):  # values of the 9 basis polynomials at each pixel
+        y, x = (legvander((np.arange(n) + 0.5) / n * 2 - 1, 2) for n in shape)
+        return np.einsum("yi,xj->yxij", y, x).reshape(-1, 9)
+
+    basis, weight = polynomials(rows, columns), np.ones(len(reduced))
+    for _ in range(20):
+        weighted = basis.T * weight
+        fit = np.linalg.lstsq(weighted @ basis, weighted @ reduced, rcond=None)[0]
+        weight = 1 / np.maximum(np.linalg.norm(reduced - basis @ fit, axis=1), 0.5)
+    return (polynomials(height, width) @ fit).reshape(rgb.shape)
+
+
+def select_digit(ink, threshold, noiseless):
+    """Select one digit, without specks. Returns its ink, float (H, W), and the warnings."""
+    mask = ink > threshold
+    if not mask.any():
+        return np.zeros_like(ink), ()
+    box = Box.around(ink)
+    if noiseless and box.side == DIGIT_SIDE:  # an image from MNIST: keep its faintest grays
+        cut = ink.shape != (SIDE, SIDE) and box.touches_edge(ink.shape)
+        return ink, (CUT,) if cut else ()
+    labels = connected_components(mask)
+    mass = np.bincount(labels.ravel(), ink.ravel())
+    mass[0] = 0  # label 0 is paper
+    boxes = {i: Box.around(labels == i) for i in np.flatnonzero(mass > SPECK * mass.max())}
+    # A component at the edge is less likely the digit than the table or a neighboring digit.
+    main = max(boxes, key=lambda i: mass[i] * (0.2 if boxes[i].touches_edge(ink.shape) else 1))
+    main_box, kept, found = boxes.pop(main), [main], []
+    for i, box in boxes.items():
+        horizontal, vertical = main_box.gaps(box)
+        large = box.side > main_box.side / 2 and mass[i] > mass[main] / 10
+        beside = horizontal >= 0 and box.bottom - box.top > main_box.side / 2
+        if large and (beside or max(horizontal, vertical) > main_box.side / 5):
+            found.append(SEVERAL)
+        elif max(horizontal, vertical) <= main_box.side / 4:  # a detached part of the same digit
+            kept.append(i)
+    digit = np.where(np.isin(labels, kept), ink, 0)
+    if Box.around(digit).touches_edge(ink.shape):
+        found.append(CUT)
+    return digit, tuple(dict.fromkeys(found))
+
+
+def connected_components(mask):
+    """Label the 8-connected components of a mask: int (H, W), from 1; 0 outside the mask."""
+    # Union-find on the runs of pixels in each row; runs that touch in adjacent rows are merged.
+    width = mask.shape[1] + 2
+    steps = np.diff(np.pad(mask, 1).ravel().astype(np.int8))
+    start, stop = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    first = np.searchsorted(stop, start + width)
+    last = np.searchsorted(start, stop + width, "right")
+    parent = list(range(len(start)))
+
+    def root(run):
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    for run in range(len(start)):
+        for below in range(first[run], last[run]):
+            parent[root(below)] = root(run)
+    _, component = np.unique([root(run) for run in range(len(parent))], return_inverse=True)
+    labels = np.zeros(mask.shape, dtype=int)
+    labels[mask] = np.repeat(component + 1, stop - start)
+    return labels
+
+
+def as_mnist(ink):
+    """Normalize cropped ink, float (h, w), to an MNIST image, uint8 (28, 28)."""
+    missing = max(ink.shape) - np.array(ink.shape)
+    square = np.pad(ink.astype(np.float32), [(n // 2, n - n // 2) for n in missing])
+    shrunk = Image.fromarray(square).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BOX)
+    digit = np.asarray(shrunk, dtype=float)
+    center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]
+    padded = np.zeros((SIDE + 2 * DIGIT_SIDE, SIDE + 2 * DIGIT_SIDE), np.uint8)
+    y, x = (DIGIT_SIDE + math.ceil(CENTER - 0.5 - c) for c in center)
+    padded[y : y + DIGIT_SIDE, x : x + DIGIT_SIDE] = np.rint(digit * (255 / digit.max()))
+    return padded[DIGIT_SIDE : DIGIT_SIDE + SIDE, DIGIT_SIDE : DIGIT_SIDE + SIDE]

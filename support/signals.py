@@ -1,0 +1,51 @@
+"""Stopping on Ctrl-C or SIGTERM at a point where nothing is lost."""
+
+import signal
+from contextlib import contextmanager
+
+
+class Stopped(Exception):
+    """A stop was requested."""
+
+
+class StopFlag:
+    """Whether a signal has requested a stop. Work calls `check` where it can be interrupted."""
+
+    signum = None
+
+    def check(self):
+        if self.signum is not None:
+            raise Stopped
+
+    @contextmanager
+    def interruptible(self):
+        """A block that a requested stop ends early, without an error."""
+        try:
+            yield
+        except Stopped:
+            pass
+        except RuntimeError:  # a peer may have stopped first, in the middle of communication
+            if self.signum is None:
+                raise
+
+
+NEVER = StopFlag()  # for work that only the signal itself ends
+
+
+@contextmanager
+def stop_on_signals():
+    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once."""
+    flag, previous = StopFlag(), {}
+
+    def handle(signum, frame):
+        flag.signum = signum
+        for caught in previous:
+            signal.signal(caught, signal.SIG_DFL)
+
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        previous[caught] = signal.signal(caught, handle)
+    try:
+        yield flag
+    finally:
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
