@@ -1,30 +1,27 @@
-"""Run a recipe with several seeds, and print what it reaches and what it costs; ablations too.
+"""Train a recipe with several seeds: accuracies, cost, and how variations of the recipe compare.
 
-    python benchmarks/seeds.py --recipe fast --seeds 10 -- --data-dir data
-    python benchmarks/seeds.py --recipe fast --seeds 20 --name fast-ablation \\
-        --vary label_smoothing=0 --vary optimizer=SGD lr=0.1 -- --val-size 10000
+python benchmarks/seeds.py --recipe tiny --seeds 5
+python benchmarks/seeds.py --recipe fast --seeds 3 --vary label_smoothing=0 -- --val-size 10000
+python benchmarks/seeds.py --seeds 3 --vary head=ConcatMLP --vary schedule=constant lr=0.002
 
-Each run is a call of `train.py` with the flags after `--`. Its last epoch counts, on the test set,
-each image with all ten addends; with --val-size on the images held out instead. Each --vary is
-another row beside the recipe's, and is compared with it seed by seed. A benchmark that was stopped
-goes on where it was when it is called again, as long as all files are those of the same commit. The
-results are written to results/NAME.json.
+Flags of train.py go after --. Each --vary adds a row: the recipe with some columns changed, which
+is compared with the unchanged recipe over runs with the same seed. Accuracies are those after the
+last epoch, on the test set or, with --val-size, on the validation images. After an interruption the
+same command continues, unless the code has changed.
 """
 
-import argparse
 import csv
-import dataclasses
 import hashlib
 import io
 import json
 import math
 import platform
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,76 +31,103 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model  # noqa: E402
-import recipes  # noqa: E402
 import train  # noqa: E402
-from dataset import NUM_DIGITS, SIDE, Affine  # noqa: E402
-from recipes import RECIPES  # noqa: E402
-from rundir import LAST  # noqa: E402
+from model import build_model  # noqa: E402
+from recipes import RECIPES, recipe_from_args  # noqa: E402
+from support import plots  # noqa: E402
+from support.args import Parser, number, train_parser  # noqa: E402
+from support.augment import Affine  # noqa: E402
+from support.console import exit_status  # noqa: E402
+from support.constants import NUM_DIGITS, SIDE  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.files import write_atomic  # noqa: E402
+from support.rundir import LAST, RUNS  # noqa: E402
 
-# How a column's value is made of the plain types of JSON, where it is none of them itself.
-KINDS = {"affine": lambda limits: limits and Affine(*limits)}
-KINDS["schedule"] = lambda name: getattr(recipes, name)
-FILES = ("results", "args")
+BENCHMARKS = RUNS / "benchmarks"
 TRAIN_IMAGES = 60_000
+HEADS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
 
 
 def multiply_adds(recipe):
-    """Multiplications and additions of one image's way through the network of a recipe's row."""
-    network = model.build(recipe["encoder"], recipe["join"]).eval()
+    """Multiply-adds of the forward pass of one image through the network of a Recipe."""
+    model = build_model(recipe.encoder, recipe.head).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, NUM_DIGITS))
+        model(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, NUM_DIGITS))
     return counter.get_total_flops() // 2
 
 
 def training_flops(recipe):
-    """FLOPs of training by a recipe's row, the backward pass counted as two forward ones."""
-    images = recipe["epochs"] * (TRAIN_IMAGES - recipe["val_size"])
-    return 6 * multiply_adds(recipe) * images
+    """FLOPs to train a Recipe; the backward pass counts as two forward passes."""
+    return 6 * multiply_adds(recipe) * recipe.epochs * (TRAIN_IMAGES - recipe.val_size)
 
 
-def varied(recipe, changes):
-    """A recipe's row with some columns changed, each by a text such as "lr=0.1" (JSON, or a name).
+def vary(recipe, changes):
+    """A Recipe with some columns changed.
+
+    Args:
+        changes: texts such as "lr=0.1", with a value in JSON, or a name such as "optimizer=SGD".
+            Encoders, heads and schedules are functions that the table of recipes uses.
 
     Raises:
-        ValueError, TypeError, AttributeError: there is no such column, or no such value.
+        UserError: there is no such column or value.
     """
     columns = {}
     for change in changes:
         column, _, text = change.partition("=")
+        if column not in recipe.as_plain():
+            raise UserError(f"--vary {change}: recipes have no column {column!r}", status=2)
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        columns[column] = KINDS.get(column, lambda value: value)(value)
-    return dataclasses.replace(recipe, **columns)
+            columns[column] = parse_value(recipe, column, text)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"--vary {change}: not a value of {column}", status=2) from error
+    return replace(recipe, **columns)
 
 
-def run_once(name, seed, folder, flags):
-    """Train the row `name` with one seed in `folder`, or take what lies there from an earlier call.
+def parse_value(recipe, column, text):
+    """The new value of a recipe's column. Raises KeyError or TypeError if it is none."""
+    if column in ("encoder", "head", "schedule"):
+        functions = {getattr(recipe, column) for recipe in RECIPES.values()}
+        return {function.__name__: function for function in functions}[text]
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(value, str) != isinstance(getattr(recipe, column), str):
+        raise TypeError
+    return Affine(*value) if column == "affine" and value is not None else value
 
-    Returns its figures (fractions), its results and its settings.
-    """
-    if not (folder / "results.json").exists():
-        begun = (folder / LAST).exists()
-        place = ["--resume", str(folder)] if begun else ["--output-dir", str(folder)]
-        argv = ["--recipe", name, "--seed", str(seed), "--quiet", *place, *flags]
+
+def work_directory(recipe, flags):
+    """The directory of a row's runs: another one if the code, the recipe or the flags differ."""
+    digest = hashlib.sha256(json.dumps([recipe.as_plain(), flags]).encode())
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
+        if path.parent.name not in ("benchmarks", "tests"):
+            digest.update(path.read_bytes())
+    return BENCHMARKS / "seeds" / digest.hexdigest()[:12]
+
+
+def train_once(name, seed, directory, flags):
+    """Train a row of the table, unless an earlier call has; returns results.json as a dict."""
+    if not (directory / "results.json").exists():
+        unfinished = (directory / LAST).exists()
+        place = ["--resume" if unfinished else "--output-dir", str(directory)]
         with redirect_stdout(io.StringIO()):
-            status = train.main(argv)
+            status = train.main(["--recipe", name, "--seed", str(seed), "--quiet", *place, *flags])
         if status:
-            sys.exit(status)
-    results, settings = (json.loads((folder / f"{part}.json").read_text()) for part in FILES)
-    with open(folder / "metrics.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    part = "val" if settings["recipe"]["val_size"] else "test"
-    figures = {name: float(last[f"{part}_{name}_accuracy"]) for name in ("digit", "sum", "both")}
-    if part == "test":
-        figures["consistency"] = results["test"]["consistency"]
-    return figures, results, settings
+            raise UserError(f"{name}: training with seed {seed} did not finish", status)
+    return json.loads((directory / "results.json").read_text())
+
+
+def read_accuracies(directory, results, split):
+    """Accuracies after the last epoch, as fractions; on the test set also the consistency."""
+    with open(directory / "metrics.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    accuracies = {head: float(last[f"{split}_{head}_accuracy"]) for head in HEADS}
+    return accuracies | ({"consistency": results["test"]["consistency"]} if split == "test" else {})
 
 
 def summary(values):
-    """n, mean, sample standard deviation, least and greatest of some numbers."""
+    """Number, mean, sample standard deviation and range of some values."""
     return {
         "n": len(values),
         "mean": statistics.mean(values),
@@ -113,48 +137,52 @@ def summary(values):
     }
 
 
-def run_seeds(name, folder, args):
-    """Train the row `name` with each seed; returns its part of the table, in plain types."""
-    runs = []
+def run_seeds(name, recipe, args):
+    """Train a row with each seed; returns its part of the results in JSON types."""
+    seconds, each = [], {}
     for seed in range(args.seeds):
-        runs.append(run_once(name, seed, folder / f"seed-{seed}", args.flags))
-        figures, results, settings = runs[-1]
-        accuracies = "  ".join(f"{key} {100 * value:.3f}" for key, value in figures.items())
-        print(f"{name}  seed {seed}  {accuracies}  {results['train_seconds']:.1f} s", flush=True)
-    recipe = settings["recipe"]
-    each = {key: [run[0][key] for run in runs] for key in figures}
+        directory = work_directory(recipe, args.flags) / f"seed-{seed}"
+        results = train_once(name, seed, directory, args.flags)
+        accuracies = read_accuracies(directory, results, "val" if recipe.val_size else "test")
+        seconds.append(results["train_seconds"])
+        for key, value in accuracies.items():
+            each.setdefault(key, []).append(value)
+        text = "  ".join(f"{key} {100 * value:.3f} %" for key, value in accuracies.items())
+        print(f"{name}  seed {seed}  {text}  {seconds[-1]:.1f} s", flush=True)
     return {
         **{key: results[key] for key in ("dataset", "device", "precision", "threads", "versions")},
-        "settings": recipe,
+        "settings": recipe.as_plain(),
         "parameters": results["parameters"],
         "training_flops": training_flops(recipe),
         "each": each,
-        "figures": {key: summary(values) for key, values in each.items()},
-        "train_seconds": summary([run[1]["train_seconds"] for run in runs]),
-        "median_train_seconds": statistics.median(run[1]["train_seconds"] for run in runs),
+        "metrics": {key: summary(values) for key, values in each.items()},
+        "train_seconds": summary(seconds),
+        "median_train_seconds": statistics.median(seconds),
     }
 
 
 def report(name, row):
-    """Print what a row of the table reached and what it cost."""
+    """Text on the accuracies and the cost of a row."""
     cost = f"{row['parameters']:,} parameters, {row['training_flops']:.2e} FLOPs"
     cost += f", {row['median_train_seconds']:.1f} s of training (median)"
-    print(f"{name}: {row['dataset']}, epochs: {row['settings']['epochs']}, {cost}")
-    for key, figures in row["figures"].items():
-        shown = {what: 100 * value for what, value in figures.items() if what != "n"}
-        print(f"  {key:<12} " + "  ".join(f"{what} {value:.3f}" for what, value in shown.items()))
+    lines = [f"{name}: {row['dataset']}, epochs: {row['settings']['epochs']}, {cost}"]
+    for key, values in row["metrics"].items():
+        percent = [f"{what} {100 * values[what]:.3f}" for what in ("mean", "sd", "min", "max")]
+        lines.append(f"  {key:<12} {'  '.join(percent)}")
+    return "\n".join(lines)
 
 
 def comparison(rows):
-    """An ablation's table in Markdown: each row's figures, and how they differ from the first's.
+    """The table of all rows in Markdown: accuracies in percent, seconds of training (median).
 
-    The difference is the mean over seeds, of runs with the same seed, with its standard error.
+    "Compared" is the mean difference from the first row over runs with the same seed, and its
+    standard error. `rows` is a dict as in the results file.
     """
     base = next(iter(rows.values()))
     lines = ["| change | digit | sum | both | both, compared | seconds |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for name, row in rows.items():
-        cells = [f"{100 * row['figures'][key]['mean']:.3f}" for key in ("digit", "sum", "both")]
+        cells = [f"{100 * row['metrics'][head]['mean']:.3f}" for head in HEADS]
         pairs = zip(row["each"]["both"], base["each"]["both"], strict=True)
         change = summary([100 * (ours - theirs) for ours, theirs in pairs])
         error = change["sd"] / math.sqrt(change["n"])
@@ -164,67 +192,64 @@ def comparison(rows):
     return "\n".join(lines)
 
 
-def processor():
-    """The name of this machine's processor."""
-    capabilities = torch.cpu.get_capabilities()
-    return f"{capabilities.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
-
-
-def commit():
-    """The commit of the program, with "-dirty" after it where files differ from it."""
+def provenance(script, argv):
+    """What made a result: the command, the commit of the code and the processor, as a dict."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        commit = ""
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *argv]),
+        "commit": commit or "unknown",
+        "machine": f"{processor}, {torch.get_num_threads()} threads",
+    }
 
 
-def parse(argv=None):
-    """The flags, and the rows to run by their names: the recipe's, then each --vary's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", choices=RECIPES, default="default")
-    parser.add_argument("--seeds", type=int, default=5, help="as many, from 0 (default: 5)")
-    parser.add_argument(
-        "--name", help="of the file in results (default: the recipe's, or RECIPE-ablation)"
-    )
-    text = "another row: columns of the recipe, changed; may be given several times"
-    parser.add_argument("--vary", nargs="+", action="append", default=[], metavar="X=Y", help=text)
-    parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
+def save_json(path, value):
+    """Write a results file, and print its path. Creates its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+    print(f"saved    {path}")
+
+
+def parse_args(argv):
+    """The flags, and the rows to run: a dict of Recipes, the first of which is unchanged."""
+    parser = Parser(prog="seeds.py", description=__doc__)
+    flag = parser.add_argument
+    text = "row of the table in recipes.py (default: %(default)s)"
+    flag("--recipe", choices=RECIPES, default="default", metavar="NAME", help=text)
+    text = "number of seeds, from 0 (default: %(default)s)"
+    flag("--seeds", type=number(int, 1, 10_000), default=5, metavar="N", help=text)
+    text = "a variation of the recipe; repeatable"
+    flag("--vary", nargs="+", action="append", default=[], metavar="COLUMN=VALUE", help=text)
+    text = f"results file (default: {BENCHMARKS}/RECIPE.json, or RECIPE-ablation.json with --vary)"
+    flag("--output", type=Path, metavar="FILE", help=text)
+    flag("flags", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args(argv)
-    rows = {args.recipe: RECIPES[args.recipe]}
-    for changes in args.vary:
-        try:
-            rows[" ".join(changes)] = varied(RECIPES[args.recipe], changes)
-        except (AttributeError, TypeError, ValueError) as error:
-            parser.error(f"--vary {' '.join(changes)}: {error}")
+    recipe = RECIPES[args.recipe]
+    rows = {args.recipe: recipe}
+    rows |= {" ".join(changes): vary(recipe, changes) for changes in args.vary}
     return args, rows
 
 
-def main(argv=None):
-    args, rows = parse(argv)
-    name = args.name or args.recipe + ("-ablation" if args.vary else "")
-    made_by = commit()
-    kept = ROOT / "runs" / "benchmarks" / made_by
-    if made_by.endswith("-dirty"):  # what lies there may be the work of other code
-        shutil.rmtree(kept, ignore_errors=True)
-    table = {
-        "command": shlex.join(["python", "benchmarks/seeds.py", *(argv or sys.argv[1:])]),
-        "commit": made_by,
-        "machine": processor(),
-        "rows": {},
-    }
-    # Pictures that nobody looks at would take longer than some runs.
-    with patch.dict(RECIPES, rows), patch.object(train.Run, "draw", lambda run: []):
-        for row, recipe in rows.items():
-            key = json.dumps([recipe.as_plain(), args.flags])
-            folder = kept / hashlib.sha256(key.encode()).hexdigest()[:12]
-            table["rows"][row] = run_seeds(row, folder, args)
-            report(row, table["rows"][row])
+@exit_status
+def main(argv):
+    args, rows = parse_args(argv)
+    results = {**provenance("seeds", argv), "rows": {}}
+    # Plots that nobody looks at would take longer than some runs.
+    with patch.dict(RECIPES, rows), patch.object(plots, "run_figures", lambda *args: {}):
+        for name in rows:
+            given = train_parser("", RECIPES).parse_args(["--recipe", name, *args.flags])
+            results["rows"][name] = run_seeds(name, recipe_from_args(given), args)
+            print(report(name, results["rows"][name]), flush=True)
     if args.vary:
-        print("", comparison(table["rows"]), sep="\n")
-    path = ROOT / "results" / f"{name}.json"
-    path.write_text(json.dumps(table, indent=2) + "\n")
-    print(f"written  {path.relative_to(ROOT)}")
+        print("", comparison(results["rows"]), sep="\n")
+    name = f"{args.recipe}-ablation.json" if args.vary else f"{args.recipe}.json"
+    save_json(args.output or BENCHMARKS / name, results)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Compare our runs of the published systems with what was published; prints a table in Markdown.
+
+python benchmarks/published_systems.py
+python benchmarks/published_systems.py --curve    # also plot published/results/concat-mlp/curve.png
+
+Reads the results of train.py --recipe NAME in published/results/NAME, and results/default.json.
+"""
+
+import csv
+import json
+import sys
+from typing import NamedTuple
+
+from seeds import ROOT, training_flops  # adds the program's directory to the path
+
+from model import build_model, count_parameters
+from recipes import RECIPES
+from support import plots
+from support.args import Parser
+from support.console import exit_status
+from support.errors import UserError
+from support.files import write_atomic
+
+PUBLISHED = ROOT / "published" / "results"
+DEFAULT = ROOT / "results" / "default.json"
+HEADS = ("digit", "sum", "both")
+
+
+class Accuracies(NamedTuple):
+    """Test accuracies in percent; None if unknown. See published/README.md for their sources."""
+
+    digit: float | None = None
+    sum: float | None = None
+    both: float | None = None
+    mean: float | None = None  # of digit and sum
+
+    def __str__(self):
+        three = " / ".join("–" if value is None else f"{value:.2f}" for value in self[:3])
+        if self.mean is None:
+            return three
+        return f"mean {self.mean:.2f}" if self.digit is None else f"{three}, mean {self.mean:.2f}"
+
+
+SYSTEMS = {
+    "concat-mlp": Accuracies(digit=98.96, sum=98.83),
+    "shared-trunk": Accuracies(digit=98.97, sum=55.07, both=54.8),
+    "shared-trunk-slow": Accuracies(digit=98.35, sum=38.97, both=38.75),
+    "concat-linear": Accuracies(mean=88.19),
+    "added": Accuracies(digit=98.13),
+}
+
+# Published test accuracies of concat-mlp after each of twenty epochs, in percent.
+CURVE = {
+    "digit": "56.34 94.29 96.57 97.5 98.04 98.19 98.24 98.5 98.69 98.71 "
+    "98.74 98.84 98.87 98.92 98.87 98.95 99.0 98.99 98.9 98.96",
+    "sum": "9.94 14.32 18.48 26.86 36.98 48.15 60.81 71.26 78.29 85.94 "
+    "90.52 94.8 96.65 97.72 98.01 98.59 98.62 98.72 98.54 98.83",
+}
+
+
+def read(path, how):
+    """The text of a file. Raises UserError if it is missing; `how` is the command that makes it."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; it comes from {how}")
+    return path.read_text()
+
+
+def check(path, found, expected):
+    """Raise UserError unless the results in a file are those of today's recipe, on MNIST."""
+    for key, value in expected.items():
+        if found[key] != value:
+            raise UserError(f"{path}: {key} is {found[key]!r} instead of {value!r}; run it again")
+
+
+def published_accuracies(name, expected):
+    """Ours for a published system, from the run of its recipe."""
+    path = PUBLISHED / name / "results.json"
+    results = json.loads(read(path, f"train.py --recipe {name}"))
+    check(path, results, expected | {"recipe": name, "note": ""})
+    digit, total, both = (100 * results["test"][f"{head}_accuracy"] for head in HEADS)
+    mean = (digit + total) / 2 if SYSTEMS[name].mean else None
+    return str(Accuracies(digit, total, both, mean))
+
+
+def default_accuracies(expected):
+    """Means of the recipe `default` over its seeds."""
+    results = json.loads(read(DEFAULT, "benchmarks/seeds.py"))["rows"]["default"]
+    check(DEFAULT, results | results["settings"], expected)
+    metrics = [results["metrics"][head] for head in HEADS]
+    accuracies = Accuracies(*(100 * values["mean"] for values in metrics))
+    return f"{accuracies} (mean of {metrics[0]['n']})"
+
+
+def row(name):
+    """The row of a recipe, as a list of cells."""
+    recipe = RECIPES[name]
+    parameters = count_parameters(build_model(recipe.encoder, recipe.head))
+    expected = {"dataset": "mnist", "epochs": recipe.epochs, "parameters": parameters}
+    theirs = str(SYSTEMS.get(name, "–"))
+    ours = published_accuracies(name, expected) if name in SYSTEMS else default_accuracies(expected)
+    flops = f"{training_flops(recipe):.1e}".replace("e+", "e")
+    return [f"`{name}`", theirs, ours, f"{parameters:,}", str(recipe.epochs), flops]
+
+
+def table():
+    """The comparison in Markdown: accuracies digit / sum / both correct, in percent."""
+    header = ["recipe", "published", "ours", "parameters", "epochs", "FLOPs"]
+    rows = [header, ["---"] * 3 + ["---:"] * 3, *(row(name) for name in [*SYSTEMS, "default"])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def curve_figure(history):
+    """Error rates of both heads of concat-mlp against the epoch, ours and the published ones.
+
+    history: for each epoch a dict with `test_digit_accuracy` and `test_sum_accuracy` (fractions).
+    """
+    subtitle = "concat-mlp. Ours: all ten addends for each test image; published: one, sampled."
+    figure = plots.new_figure("Test error rate: ours and published", subtitle, 5.6)
+    axes = figure.add_subplot()
+    epochs = range(1, len(history) + 1)
+    for head, text in CURVE.items():
+        ours = [100 - 100 * row[f"test_{head}_accuracy"] for row in history]
+        theirs = [100 - float(value) for value in text.split()]
+        color = plots.HEAD_COLORS[head]
+        for name, errors, style in (("ours", ours, "-o"), ("published", theirs, "--s")):
+            fill = color if name == "ours" else "white"
+            label = f"{head}, {name}: {100 - errors[-1]:.2f} %"
+            axes.plot(epochs, errors, style, color=color, mfc=fill, ms=5, label=label)
+    plots.finish_curves(axes, "error rate, % (log scale)", "accuracy after the last epoch")
+    return figure
+
+
+def plot_curve():
+    """Plot concat-mlp's curve; returns the path of the file."""
+    directory = PUBLISHED / "concat-mlp"
+    text = read(directory / "metrics.csv", "train.py --recipe concat-mlp")
+    rows = csv.DictReader(text.splitlines())
+    history = [{key: float(value) for key, value in row.items()} for row in rows]
+    path = directory / "curve.png"
+    write_atomic(path, plots.as_png(curve_figure(history)))
+    return path
+
+
+@exit_status
+def main(argv):
+    parser = Parser(prog="published_systems.py", description=__doc__)
+    parser.add_argument("--curve", action="store_true", help="plot the curve of concat-mlp")
+    args = parser.parse_args(argv)
+    print(table())
+    if args.curve:
+        print(f"saved    {plot_curve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
