@@ -1,53 +1,53 @@
-"""A small data folder in MNIST's format, made of the stand-in's digits, and ways to run the job."""
+"""A small MNIST made of synthetic digits, and train.py in this process."""
 
+import functools
+import gzip
 import hashlib
+import http.server
 import struct
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in (".", "benchmarks", "results")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import mnist  # noqa: E402
-import model  # noqa: E402
+import dataset  # noqa: E402
 import train  # noqa: E402
 from recipes import RECIPES  # noqa: E402
+from support import plots  # noqa: E402
+from support.synthetic import synthetic_mnist  # noqa: E402
 
 TRAIN_IMAGES, TEST_IMAGES = 600, 200
 
 
 def pytest_configure():
-    torch.set_num_threads(1)  # bits are equal only at equal thread counts
+    torch.set_num_threads(1)  # results are bit-identical only with equal thread counts
 
 
-def idx(tensor):
-    """A uint8 tensor as the bytes of an IDX file."""
-    sizes = struct.pack(f">{tensor.ndim}I", *tensor.shape)
-    return bytes([0, 0, 8, tensor.ndim]) + sizes + tensor.byte().numpy().tobytes()
-
-
-def files_of(images):
-    """The four files of a small MNIST, with {"train": count, "test": count}: name -> bytes."""
+def mnist_files(train_images, test_images):
+    """The four files of a small MNIST: name -> bytes."""
     files = {}
-    for part, name in (("train", "train"), ("test", "t10k")):
-        digits = mnist.stand_in(part, images[part])
-        files[f"{name}-images-idx3-ubyte"] = idx(digits.data)
-        files[f"{name}-labels-idx1-ubyte"] = idx(digits.targets)
+    for prefix, split, count in (("train", "train", train_images), ("t10k", "test", test_images)):
+        digits = synthetic_mnist(split, count)
+        for kind, tensor in (("images-idx3", digits.data), ("labels-idx1", digits.targets)):
+            header = bytes([0, 0, 8, tensor.ndim]) + struct.pack(f">{tensor.ndim}I", *tensor.shape)
+            files[f"{prefix}-{kind}-ubyte"] = header + tensor.byte().numpy().tobytes()
     return files
 
 
-def digests_of(files):
-    """What mnist.SHA256 says of files."""
+def sha256_digests(files):
+    """A replacement for dataset.SHA256 that accepts these files."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-def write_files(data_dir, files):
-    """Put files where a data folder has them."""
+def write_mnist(data_dir, files):
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, content in files.items():
@@ -56,45 +56,63 @@ def write_files(data_dir, files):
 
 @pytest.fixture(scope="session")
 def idx_files():
-    return files_of({"train": TRAIN_IMAGES, "test": TEST_IMAGES})
+    return mnist_files(TRAIN_IMAGES, TEST_IMAGES)
 
 
 @pytest.fixture(scope="session")
 def digests(idx_files):
-    return digests_of(idx_files)
+    return sha256_digests(idx_files)
 
 
 @pytest.fixture(autouse=True)
 def small_mnist(monkeypatch, digests):
-    """The small files take the place of MNIST's, and no mirror is ever asked."""
-    monkeypatch.setattr(mnist, "SHA256", digests)
-    monkeypatch.setattr(mnist.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    """Only the small files pass as MNIST, and nothing can be downloaded."""
+    monkeypatch.setattr(dataset, "SHA256", digests)
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+@pytest.fixture
+def mirror(tmp_path, idx_files, monkeypatch):
+    """A local server to download the small MNIST from; yields its request handler class."""
+    directory = tmp_path / "mirror"
+    directory.mkdir()
+    resources = []
+    for name, content in idx_files.items():
+        packed = gzip.compress(content)
+        (directory / f"{name}.gz").write_bytes(packed)
+        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=str(directory))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(MNIST, "resources", resources)
+    yield Handler
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
 def data_dir(tmp_path, idx_files):
-    """A data folder with the small MNIST."""
-    write_files(tmp_path / "data", idx_files)
+    """A data directory with the small MNIST."""
+    write_mnist(tmp_path / "data", idx_files)
     return tmp_path / "data"
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, data_dir):
-    """An empty current folder with the small MNIST in its `data`."""
+def workdir(tmp_path, monkeypatch, data_dir):
+    """An empty working directory, apart from the small MNIST in `data`."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def job(drawing_job, monkeypatch):
-    """The real job in this process, without its pictures, which would take most of the time."""
-    monkeypatch.setattr(train.Run, "draw", lambda self: [])
-    return drawing_job
-
-
-@pytest.fixture
-def drawing_job(workplace, capsys):
-    """The real job in this process: job(flag, ...) -> (exit status, stdout, stderr)."""
+def job_with_plots(workdir, capsys):
+    """train.py in this process: job(flag, ...) -> (exit status, stdout, stderr)."""
 
     def run(*flags):
         status = train.main([str(flag) for flag in flags])
@@ -103,21 +121,22 @@ def drawing_job(workplace, capsys):
     return run
 
 
+@pytest.fixture
+def job(job_with_plots, monkeypatch):
+    """The same without plots, which would take most of the time."""
+    monkeypatch.setattr(plots, "run_figures", lambda *args: {})
+    return job_with_plots
+
+
 def toy():
-    """An encoder without batch normalisation, and with few parameters."""
+    """An encoder without batch normalization and with few parameters."""
     return nn.Sequential(nn.Conv2d(1, 8, 5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 
-TOY = replace(RECIPES["concat-mlp"], encoder="toy", drop_last=False)
-
-
-def add_toy_recipe():
-    """Let there be the recipe "toy", of that encoder, trained as a published system was."""
-    model.ENCODERS["toy"], RECIPES["toy"] = toy, TOY
+TOY = replace(RECIPES["concat-mlp"], encoder=toy, drop_last=False)
 
 
 @pytest.fixture
 def toy_recipe(monkeypatch):
-    """The recipe "toy", for a test."""
-    monkeypatch.setitem(model.ENCODERS, "toy", toy)
+    """Adds the recipe "toy"."""
     monkeypatch.setitem(RECIPES, "toy", TOY)

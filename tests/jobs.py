@@ -1,4 +1,4 @@
-"""The real job as a process, forked from one that has imported all of it already."""
+"""train.py as a process, forked from one that has imported everything already."""
 
 import contextlib
 import functools
@@ -13,18 +13,19 @@ import conftest
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-import mnist
-import plots  # noqa: F401 (else each process would import it)
+import dataset
 import train
+from support import plots
 
 
 @functools.cache
-def processes():
-    """The context of processes that are forked from one that has imported all this already."""
+def forkserver():
+    """A multiprocessing context whose processes have this module imported."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system can't fork processes")
+        pytest.skip("this system cannot fork processes")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
@@ -33,18 +34,17 @@ def processes():
     return context
 
 
-def draw_quickly(run):
-    """In place of `Run.draw`: a single picture, an empty one."""
-    return [run.rundir.save_figure("loss.png", Figure((1, 1)))]
+def empty_plot(*args):
+    """Replaces `plots.run_figures`, which takes long."""
+    return {"loss.png": Figure((1, 1))}
 
 
-def child(flags, log, files, draw, prepare):
-    """The job as a process, with the digests and mirrors of the test that started it."""
+def child(flags, log, mnist, run_figures, prepare):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    mnist.SHA256, mnist.MNIST.mirrors, mnist.MNIST.resources = files
-    train.Run.draw = draw
-    tqdm.set_lock(threading.RLock())  # its own would outlive a kill here
+    dataset.SHA256, MNIST.mirrors, MNIST.resources = mnist  # as patched by the test
+    plots.run_figures = run_figures
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes and survives a kill
     torch.set_num_threads(1)
     if prepare:
         prepare()
@@ -52,15 +52,15 @@ def child(flags, log, files, draw, prepare):
 
 
 class Job:
-    """The job as a process, started in the current folder; `prepare` is called in it first."""
+    """train.py as a process in the current directory; `prepare` is called in it first."""
 
     numbers = itertools.count()
 
-    def __init__(self, *flags, draw=draw_quickly, prepare=None):
+    def __init__(self, *flags, run_figures=empty_plot, prepare=None):
         self.log = Path(f"job{next(self.numbers)}").absolute()
-        files = mnist.SHA256, mnist.MNIST.mirrors, mnist.MNIST.resources
-        arguments = [str(flag) for flag in flags], self.log, files, draw, prepare
-        self.process = processes().Process(target=child, args=arguments, daemon=True)
+        mnist = dataset.SHA256, MNIST.mirrors, MNIST.resources
+        args = [str(flag) for flag in flags], self.log, mnist, run_figures, prepare
+        self.process = forkserver().Process(target=child, args=args, daemon=True)
         self.process.start()
 
     def printed(self, name="out"):
@@ -78,7 +78,7 @@ class Job:
             os.kill(self.process.pid, signum)
 
     def end(self):
-        """Wait for it: the exit status that a shell would see, stdout, stderr."""
+        """Wait for the process; returns its exit status, as in a shell, stdout and stderr."""
         self.process.join(120)
         code = self.process.exitcode
         return code if code >= 0 else 128 - code, self.printed(), self.printed("err")

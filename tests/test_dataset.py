@@ -1,4 +1,4 @@
-"""The Dataset: its items, and that all its randomness hangs on (seed, split, epoch, index)."""
+"""The Dataset: its items, and that its randomness depends on (seed, split, epoch, index) only."""
 
 import math
 from types import SimpleNamespace
@@ -10,17 +10,20 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import InterpolationMode, affine
 
-import mnist
-from dataset import Affine, MNISTSum, affine_matrices, generator, split_off, warp
+from dataset import MNISTSum, load_data, split_indices
+from support.augment import Affine, affine_matrices, generator, warp
+from support.synthetic import synthetic_mnist
+
+AFFINE = Affine(10, 0.1, 0.1, 10)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return mnist.stand_in("train", 500)
+    return synthetic_mnist("train", 500)
 
 
 def test_an_item_is_image_digit_addend_and_sum(data_dir):
-    source = mnist.VerifiedMNIST(data_dir, train=True)
+    source = load_data("mnist", data_dir).train
     assert isinstance(source, MNIST)
     items = MNISTSum(source, "train", mean=0.1, std=0.5)
     image, digit, addend, total = items[7]
@@ -43,15 +46,14 @@ def test_addends_are_uniform_from_0_to_9(digits):
     assert chi_square < 27.9  # exceeded by chance once in a thousand, with 9 degrees of freedom
 
 
-def test_randomness_hangs_on_seed_split_epoch_and_index_alone(digits):
-    options = {"affine": Affine(10, 0.1, 0.1, 10)}
-    whole, again = (MNISTSum(digits, "train", **options) for _ in range(2))
-    part = MNISTSum(digits, "train", torch.arange(100, 200), **options)
+def test_randomness_depends_only_on_seed_split_epoch_and_index(digits):
+    whole, again = (MNISTSum(digits, "train", affine=AFFINE) for _ in range(2))
+    part = MNISTSum(digits, "train", torch.arange(100, 200), affine=AFFINE)
     indices = torch.arange(20)
     for epoch in (3, 1, 2):
         for dataset in (whole, part):
             dataset.set_epoch(epoch)
-        again.set_epoch(9)  # where a dataset has been before leaves no trace
+        again.set_epoch(9)  # earlier epochs leave no state
         again.set_epoch(epoch)
         assert torch.equal(whole.order(), again.order())
         for ours, theirs in zip(whole[0], again[0], strict=True):
@@ -62,17 +64,17 @@ def test_randomness_hangs_on_seed_split_epoch_and_index_alone(digits):
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"split": "test"}, {"epoch": 2}])
-def test_another_seed_split_or_epoch_draws_anew(digits, change):
+def test_another_seed_split_or_epoch_gives_other_draws(digits, change):
     drawn = []
     for key in ({}, change):
         key = {"seed": 0, "split": "train", "epoch": 1} | key
-        dataset = MNISTSum(digits, key["split"], seed=key["seed"], affine=Affine(9, 0.1, 0.1, 9))
+        dataset = MNISTSum(digits, key["split"], seed=key["seed"], affine=AFFINE)
         dataset.set_epoch(key["epoch"])
         drawn.append((dataset.order(), dataset.addends, dataset.matrices))
     assert all((ours != theirs).float().mean() > 0.5 for ours, theirs in zip(*drawn, strict=True))
 
 
-def test_addends_drawn_once_stay(digits):
+def test_addends_drawn_once_are_the_same_in_every_epoch(digits):
     dataset = MNISTSum(digits, "train", addends="once")
     before, order = dataset.addends, dataset.order()
     dataset.set_epoch(2)
@@ -94,50 +96,52 @@ def test_batches_cover_the_epoch_once(digits, drop_last, sizes):
     assert torch.equal(seen, dataset.digits[dataset.order()][: sum(sizes)])
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_each_batch_out(digits, world):
-    dataset = MNISTSum(digits, "train", torch.arange(129), affine=Affine(10, 0.1, 0.1, 10))
-    alone = list(dataset.batches(64))
-    parts = [list(dataset.batches(64, rank=rank, world=world)) for rank in range(world)]
-    for (size, batch), *shares in zip(alone, *parts, strict=True):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_divide_each_batch(digits, world_size):
+    dataset = MNISTSum(digits, "train", torch.arange(129), affine=AFFINE)
+    single = list(dataset.batches(64))
+    parts = [
+        list(dataset.batches(64, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    for (size, batch), *shares in zip(single, *parts, strict=True):
         assert size == len(batch[0]) and all(share[0] == size for share in shares)
         for i, whole in enumerate(batch):
             for rank, (_, part) in enumerate(shares):
-                assert torch.equal(part[i], whole[rank::world])
-    assert [len(batch[0]) for _, batch in parts[-1]][-1] == 0  # one image is left for two or three
+                assert torch.equal(part[i], whole[rank::world_size])
+    assert [len(batch[0]) for _, batch in parts[-1]][-1] == 0  # one image for all processes
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_any_dataloader_gives_the_same_batches(digits, workers):
-    dataset = MNISTSum(digits, "train", affine=Affine(10, 0.1, 0.1, 10))
+def test_a_dataloader_gives_the_same_batches(digits, workers):
+    dataset = MNISTSum(digits, "train", affine=AFFINE)
     loader = DataLoader(dataset, 128, sampler=dataset.order().tolist(), num_workers=workers)
     for (_, ours), theirs in zip(dataset.batches(128), loader, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
 
 
-def test_the_validation_split_divides_the_data_by_the_seed():
-    train, val = split_off(1000, 300, seed=5)
+def test_the_validation_split_depends_on_the_seed():
+    train, val = split_indices(1000, 300, seed=5)
     assert len(train) == 700 and len(val) == 300
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(1000))
-    assert torch.equal(val, split_off(1000, 300, seed=5)[1])
-    assert not torch.equal(val, split_off(1000, 300, seed=6)[1])
+    assert torch.equal(val, split_indices(1000, 300, seed=5)[1])
+    assert not torch.equal(val, split_indices(1000, 300, seed=6)[1])
 
 
-def test_no_draw_moves_the_global_generator(digits):
+def test_the_global_generator_is_not_used(digits):
     before = torch.get_rng_state()
-    dataset = MNISTSum(digits, "train", affine=Affine(10, 0.1, 0.1, 10))
+    dataset = MNISTSum(digits, "train", affine=AFFINE)
     list(dataset.batches(100))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_matrix_without_change_changes_nothing(digits):
+def test_the_identity_changes_nothing(digits):
     images = digits.data[:50].unsqueeze(1).float()
-    matrices = affine_matrices(50, Affine(0, 0, 0, 0), generator("still"))
+    matrices = affine_matrices(50, Affine(0, 0, 0, 0), generator("identity"))
     torch.testing.assert_close(warp(images, matrices), images, atol=0.01, rtol=0)
 
 
-def test_rotation_is_that_of_torchvision(digits):
+def test_rotation_is_the_same_as_in_torchvision(digits):
     images = digits.data[:50].unsqueeze(1).float()
     for degrees in (10, -25):
         angle = math.radians(degrees)
@@ -147,9 +151,9 @@ def test_rotation_is_that_of_torchvision(digits):
         torch.testing.assert_close(warp(images, matrix), theirs, atol=0.5, rtol=0)
 
 
-def test_random_affine_keeps_within_its_limits():
+def test_random_affine_stays_within_its_limits():
     matrices = affine_matrices(10_000, Affine(10, 0.1, 0.2, 0), generator("limits"))
-    shifts = matrices[:, :, 2] / 2  # in sides
+    shifts = matrices[:, :, 2] / 2  # as fractions of the side
     assert 0.099 < shifts.abs().max() <= 0.1
     zooms = matrices[:, :, :2].norm(dim=1)
     assert 0.8 <= zooms.min() < 0.802 and 1.198 < zooms.max() <= 1.2
@@ -158,7 +162,7 @@ def test_random_affine_keeps_within_its_limits():
     assert shifts.mean().abs() < 0.002 and angles.mean().abs() < 0.3
 
 
-def test_one_hot_is_of_the_addend():
+def test_the_one_hot_vector_is_of_the_addend():
     zeros = torch.zeros(40, 28, 28, dtype=torch.uint8)
     dataset = MNISTSum(SimpleNamespace(data=zeros, targets=torch.arange(40) % 10), "train")
     _, digit, one_hot, total = dataset.__getitems__(torch.arange(40))

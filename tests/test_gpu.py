@@ -1,75 +1,88 @@
-"""On a GPU: the CPU's experiment, which repeats to the bit where asked, and no step that waits."""
+"""On a GPU: the same experiment as on the CPU, reproducible if asked, and no step that waits."""
 
 import dataclasses
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import FAST, result, without_seconds
-from tqdm import tqdm
+from test_train import FAST, read_json, without_seconds
 
-import mnist
+import train
 from dataset import MNISTSum
-from device import NEVER, pick_engine
-from learner import Learner, train_epoch
+from model import build_model
 from recipes import RECIPES
+from support import rundir
+from support.device import move_model, pick_device
+from support.signals import NEVER
+from support.synthetic import synthetic_mnist
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 DEFAULT = RECIPES["default"]
+PROGRESS = SimpleNamespace(update=lambda: None, disable=True)
 
 
-def dataset(images, device):
-    """The first images of the stand-in, as `default` trains on them."""
-    return MNISTSum(mnist.stand_in("train", images), "train", affine=DEFAULT.affine, device=device)
+def make_dataset(images, device):
+    return MNISTSum(synthetic_mnist("train", images), "train", affine=DEFAULT.affine, device=device)
 
 
-def test_the_job_runs_on_the_gpu(drawing_job):
-    status, out, err = drawing_job(*FAST, "--device", "cuda", "--epochs", 2)
-    assert (status, err) == (0, "") and out.startswith("device   cuda")
-    assert result("runs/fast")["device"].startswith("cuda")
+def start(recipe, device, precision):
+    """What `train.train_epoch` needs on a device, all but the dataset: train(dataset) -> steps."""
+    torch.manual_seed(0)
+    device, _ = pick_device(device)
+    model = move_model(build_model(recipe.encoder, recipe.head), device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, precision == "bf16")
+    optimizer = train.make_optimizer(model, recipe)
+    return lambda dataset: train.train_epoch(
+        model, optimizer, dataset, recipe, autocast, NEVER, PROGRESS
+    )
 
 
-def test_a_deterministic_run_repeats_to_the_bit(job):
-    for folder in ("one", "two"):
+def test_a_run_on_the_gpu_continues_on_the_cpu_and_back(job_with_plots):
+    flags = [*FAST, "--device", "cuda", "--output-dir", "run"]
+    assert job_with_plots(*flags, "--epochs", 2)[::2] == (0, "")
+    assert read_json("run")["device"] == "cuda:0"
+    for epochs, device in ((3, "cpu"), (4, "cuda")):
+        assert job_with_plots("--resume", "run", "--epochs", epochs, "--device", device)[0] == 0
+        assert read_json("run")["device"].startswith(device)
+
+
+def test_a_deterministic_run_is_reproducible_bit_for_bit(job):
+    for directory in ("one", "two"):
         flags = ["--device", "cuda", "--deterministic", "--epochs", 2, "--batch-size", 100]
-        assert job(*flags, "--output-dir", folder)[0] == 0
+        assert job(*flags, "--output-dir", directory)[0] == 0
     assert without_seconds("one") == without_seconds("two")
-    one, two = (torch.load(f"{x}/last.pt", weights_only=True) for x in ("one", "two"))
-    assert all(torch.equal(v, two["network"][k]) for k, v in one["network"].items())
+    one, two = (rundir.load_checkpoint(path)["network"] for path in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def test_order_addends_and_augmentation_are_those_of_the_cpu():
-    here, there = dataset(64, "cpu"), dataset(64, "cuda")
-    assert torch.equal(here.order(), there.order().cpu())
-    assert torch.equal(here.matrices, there.matrices.cpu())
-    for ours, theirs in zip(here.batches(16), there.batches(16), strict=True):
-        assert ours[0] == theirs[0]
-        image, digit, addend, total = (part.cpu() for part in theirs[1])
-        torch.testing.assert_close(ours[1][0], image, atol=1e-3, rtol=1e-3)
-        for one, other in zip(ours[1][1:], (digit, addend, total), strict=True):
-            assert torch.equal(one, other)
+    ours, theirs = make_dataset(64, "cpu"), make_dataset(64, "cuda")
+    assert torch.equal(ours.order(), theirs.order().cpu())
+    assert torch.equal(ours.matrices, theirs.matrices.cpu())
+    for (_, expected), (_, batch) in zip(ours.batches(16), theirs.batches(16), strict=True):
+        image, *rest = (part.cpu() for part in batch)
+        torch.testing.assert_close(image, expected[0], atol=1e-3, rtol=1e-3)
+        assert all(map(torch.equal, rest, expected[1:]))
 
 
-def test_fp32_on_the_gpu_learns_as_on_the_cpu():
+def test_fp32_trains_as_on_the_cpu():
     recipe = dataclasses.replace(DEFAULT, batch_size=16)
-    records = []
-    for device in ("cpu", "cuda"):
-        learner = Learner.build(recipe, pick_engine(device, "fp32"), seed=0)
-        bar = tqdm(disable=True)
-        record = train_epoch(learner, dataset(64, device), 0, 4, NEVER, bar)
-        records.append(record[:, :2])  # the losses: an image on the edge may change the counts
-    torch.testing.assert_close(*records, atol=0.05, rtol=0.05)
+    steps = [start(recipe, name, "fp32")(make_dataset(64, name)) for name in ("cpu", "cuda")]
+    # Only the losses: an image at the decision boundary may change the counts.
+    torch.testing.assert_close(steps[0][:, :2], steps[1][:, :2], atol=0.05, rtol=0.05)
 
 
-def waits(learner, images):
+def count_synchronizations(train_on, images):
     """How often the host waits for the GPU in an epoch of so many images."""
-    part = dataset(images, "cuda")
+    dataset = make_dataset(images, "cuda")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            train_epoch(learner, part, 0, 100, NEVER, tqdm(disable=True))
+            train_on(dataset)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
@@ -78,7 +91,7 @@ def waits(learner, images):
 @pytest.mark.parametrize("name", ["default", "fast", "tiny", "concat-mlp"])
 def test_a_step_never_waits_for_the_gpu(name):
     recipe = dataclasses.replace(RECIPES[name], batch_size=16, affine=DEFAULT.affine)
-    learner = Learner.build(recipe, pick_engine("cuda"), seed=0)
-    waits(learner, 16)  # libraries load, and try which of their kernels is fastest
-    few, many = waits(learner, 32), waits(learner, 160)
-    assert 1 <= few == many  # at the epoch's ends alone
+    train_on = start(recipe, "cuda", "bf16")
+    count_synchronizations(train_on, 16)  # loads libraries and chooses the fastest kernels
+    few, many = count_synchronizations(train_on, 32), count_synchronizations(train_on, 160)
+    assert 1 <= few == many  # only at the start and end of the epoch

@@ -1,200 +1,146 @@
-"""MNIST's files: nothing but the right ones is used, however they come."""
+"""The files of MNIST: only verified ones are used, and what happens if they are missing."""
 
-import functools
 import gzip
-import hashlib
-import http.server
-import threading
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-import mnist
+import dataset
+from dataset import load_data
+from support.errors import UserError
+from support.synthetic import synthetic_mnist
 
 
-@pytest.fixture
-def announced():
-    return []
-
-
-def load(kind, folder, announced):
-    return mnist.load(kind, folder, announced.append)
-
-
-@pytest.fixture
-def mirror(tmp_path, idx_files, monkeypatch):
-    """A local server in the mirrors' place, with the .gz files; its handler can be spoilt."""
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    resources = []
-    for name, content in idx_files.items():
-        packed = gzip.compress(content)
-        (folder / f"{name}.gz").write_bytes(packed)
-        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(mnist.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(mnist.MNIST, "resources", resources)
-    yield Handler
-    server.shutdown()
-    server.server_close()
-
-
-def nothing_left(folder):
-    return [path for path in folder.rglob("*") if path.is_file() or path.name.startswith(".")] == []
-
-
-def test_unpacked_and_packed_files_are_read(data_dir, idx_files, announced):
-    plain = load("mnist", data_dir, announced)
+def test_unpacked_and_packed_files_are_read(data_dir, idx_files, capsys):
+    plain = load_data("mnist", data_dir)
     for name, content in idx_files.items():
         (data_dir / "MNIST" / "raw" / name).unlink()
         (data_dir / "MNIST" / "raw" / f"{name}.gz").write_bytes(gzip.compress(content))
-    packed = load("mnist", data_dir, announced)
-    assert plain.name == packed.name == "mnist" and not announced
+    packed = load_data("mnist", data_dir)
+    assert plain.name == packed.name == "mnist" and capsys.readouterr() == ("", "")
     for ours, theirs in ((plain.train, packed.train), (plain.test, packed.test)):
         assert torch.equal(ours.data, theirs.data) and ours.data.dtype == torch.uint8
         assert torch.equal(ours.targets, theirs.targets) and ours.targets.dtype == torch.int64
-    assert torch.equal(plain.train.data, mnist.stand_in("train", 600).data)
+    assert torch.equal(plain.train.data, synthetic_mnist("train", 600).data)
 
 
-def test_processed_files_are_not_read(data_dir, announced):
-    processed = data_dir / "VerifiedMNIST" / "processed", data_dir / "MNIST" / "processed"
-    for folder in processed:
-        folder.mkdir(parents=True)
-        for part in ("training.pt", "test.pt"):
-            torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), folder / part)
-    assert len(load("mnist", data_dir, announced).train) == 600
+def test_processed_files_are_not_read(data_dir):
+    processed = data_dir / "MNIST" / "processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28), torch.zeros(3)), processed / name)
+    assert len(load_data("mnist", data_dir).train) == 600
 
 
 @pytest.mark.parametrize("kind", ["mnist", "auto"])
-@pytest.mark.parametrize("part", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-@pytest.mark.parametrize("harm", ["truncated", "extended", "flipped", "other", "folder", "gz"])
-def test_a_damaged_file_is_named_and_never_used(data_dir, announced, kind, part, harm):
-    path = data_dir / "MNIST" / "raw" / part
-    content = bytearray(path.read_bytes())
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("fault", ["truncated", "extended", "flipped", "other", "directory", "gz"])
+def test_a_damaged_file_is_named_and_not_used(data_dir, kind, name, fault):
+    path = data_dir / "MNIST" / "raw" / name
+    content = path.read_bytes()
     path.unlink()
-    if harm == "folder":
+    middle = len(content) // 2
+    damaged = {
+        "truncated": content[:-1],
+        "extended": content + b"\0",
+        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "other": path.with_name("t10k-images-idx3-ubyte").read_bytes(),
+    }
+    if fault == "directory":
         path.mkdir()
-    elif harm == "gz":
-        path = path.with_name(f"{part}.gz")
-        path.write_bytes(gzip.compress(content)[:-9])
+    elif fault == "gz":
+        path.with_name(f"{name}.gz").write_bytes(gzip.compress(content)[:-9])
     else:
-        middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        other = path.with_name("t10k-images-idx3-ubyte").read_bytes()
-        path.write_bytes(
-            {
-                "truncated": content[:-1],
-                "extended": content + b"\0",
-                "flipped": flipped,
-                "other": other[:-1],
-            }[harm]
-        )
-    with pytest.raises(mnist.DataError, match=part) as error:
-        load(kind, data_dir, announced)
-    assert "; " in str(error.value) and not isinstance(error.value, mnist.Absent)
+        path.write_bytes(damaged[fault])
+    with pytest.raises(UserError, match=name):
+        load_data(kind, data_dir)
 
 
-def test_absent_files_are_downloaded_and_kept(tmp_path, mirror, announced):
-    folder = tmp_path / "new"
-    source = load("auto", folder, announced)
+def test_missing_files_are_downloaded_and_kept(tmp_path, mirror, capsys):
+    directory = tmp_path / "new" / "data"
+    source = load_data("auto", directory)
     assert (source.name, len(source.train), len(source.test)) == ("mnist", 600, 200)
-    assert "download" in announced[0]
-    names = sorted(path.name for path in folder.rglob("*") if path.is_file())
-    assert names == sorted(mnist.SHA256)
-    load("mnist", folder, announced)
-    assert len(announced) == 1
+    assert "downloading" in capsys.readouterr().err
+    names = sorted(path.name for path in directory.rglob("*") if path.is_file())
+    assert names == sorted(dataset.SHA256)
+    load_data("mnist", directory)
+    assert capsys.readouterr().err == ""
 
 
-def cut_short(handler):
-    size = int(handler.headers.get("Content-Length", 0))
+def respond(handler, length, body):
     handler.send_response(200)
-    handler.send_header("Content-Length", str(1000 + size))
+    handler.send_header("Content-Length", str(length))
     handler.end_headers()
-    handler.wfile.write(b"\x1f\x8b" + bytes(100))
+    handler.wfile.write(body)
     handler.close_connection = True
 
 
-def other_content(handler):
-    body = gzip.compress(b"not these")
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
+FAULTS = {
+    "truncated": lambda handler: respond(handler, 1000, b"\x1f\x8b" + bytes(100)),
+    "other content": lambda handler: respond(handler, 5, b"other"),
+    "connection closed": lambda handler: handler.connection.close(),
+    "no answer": lambda handler: time.sleep(5),
+    "not found": lambda handler: handler.send_error(404),
+}
 
 
-def reset(handler):
-    handler.connection.close()
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_download_creates_nothing(tmp_path, mirror, monkeypatch, fault):
+    monkeypatch.setattr(mirror, "do_GET", FAULTS[fault])
+    monkeypatch.setattr(dataset, "DOWNLOAD_TIMEOUT", 0.2)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        load_data("mnist", tmp_path / "new" / "data")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def silence(handler):
-    time.sleep(5)
+def test_a_download_with_a_wrong_digest_creates_nothing(tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr(dataset, "SHA256", dict.fromkeys(dataset.SHA256, "0"))
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        load_data("mnist", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("fault", [cut_short, other_content, reset, silence])
-def test_a_broken_download_leaves_nothing(tmp_path, mirror, announced, monkeypatch, fault):
-    monkeypatch.setattr(mirror, "do_GET", fault)
-    monkeypatch.setattr(mnist, "CONNECTION_TIMEOUT", 0.2)
-    folder = tmp_path / "new"
-    with pytest.raises(mnist.Absent, match="downloaded"):
-        load("mnist", folder, announced)
-    assert nothing_left(folder)
+@pytest.mark.parametrize("kind", ["mnist", "auto"])
+def test_without_a_network_the_message_says_where_to_place_the_files(
+    kind, tmp_path, idx_files, monkeypatch, capsys
+):
+    monkeypatch.setattr(dataset, "synthetic_mnist", lambda split, count: f"{split} {count}")
+    if kind == "mnist":
+        with pytest.raises(UserError) as error:
+            load_data("mnist", tmp_path / "new")
+        message = str(error.value)
+    else:
+        source = load_data("auto", tmp_path / "new")
+        assert source[:3] == ("synthetic", "train 60000", "test 10000")
+        message = capsys.readouterr().err
+        assert "NOT MNIST" in source.note and "NOT MNIST" in message
+    assert list(tmp_path.iterdir()) == []
+    # Do what the message says.
+    raw, data_dir = re.search(r"in (\S+) and pass --data-dir (\S+?)(;|$)", message).groups()[:2]
+    Path(raw).mkdir(parents=True)
+    for name, content in idx_files.items():
+        assert name in message
+        Path(raw, name).write_bytes(content)
+    assert load_data(kind, data_dir).name == "mnist"
 
 
-def test_a_download_that_drips_is_given_up(tmp_path, mirror, announced, monkeypatch):
-    def drip(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "100000")
-        handler.end_headers()
-        for _ in range(20):
-            handler.wfile.write(b"x")
-            time.sleep(0.1)
-
-    monkeypatch.setattr(mirror, "do_GET", drip)
-    monkeypatch.setattr(mnist, "DOWNLOAD_TIMEOUT", 0.5)
-    start = time.monotonic()
-    with pytest.raises(mnist.Absent, match="not done within"):
-        load("mnist", tmp_path / "new", announced)
-    assert time.monotonic() - start < 2
-    assert nothing_left(tmp_path / "new")
-
-
-def test_without_a_network_auto_says_that_it_takes_the_stand_in(tmp_path, announced, monkeypatch):
-    monkeypatch.setattr(mnist, "stand_in", lambda part, count: f"{part} {count}")
-    source = load("auto", tmp_path / "new", announced)
-    assert source[:3] == ("synthetic", "train 60000", "test 10000")
-    assert "NOT MNIST" in source.note and "NOT MNIST" in announced[-1]
-
-
-def test_without_a_network_mnist_names_files_folder_and_way_out(tmp_path, announced):
-    folder = tmp_path / "new"
-    with pytest.raises(mnist.Absent) as error:
-        load("mnist", folder, announced)
-    for text in (*mnist.SHA256, str(folder / "MNIST" / "raw"), "--data-dir"):
-        assert text in str(error.value)
-
-
-def test_a_data_folder_that_is_a_file_is_an_error(tmp_path, announced):
+@pytest.mark.parametrize("kind", ["mnist", "auto"])
+def test_a_data_directory_that_is_a_file_is_an_error(tmp_path, kind):
     (tmp_path / "file").touch()
-    for kind in ("auto", "mnist"):
-        with pytest.raises(mnist.DataError, match="--data-dir"):
-            load(kind, tmp_path / "file", announced)
+    with pytest.raises(UserError, match="cannot read"):
+        load_data(kind, tmp_path / "file")
 
 
-def test_the_stand_in_is_seeded_and_writes_nothing(tmp_path, monkeypatch):
+def test_synthetic_digits_are_always_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ours, again = mnist.stand_in("train", 1000), mnist.stand_in("train", 1000)
+    ours, again = synthetic_mnist("train", 1000), synthetic_mnist("train", 1000)
     assert torch.equal(ours.data, again.data) and torch.equal(ours.targets, again.targets)
     assert ours.data.shape == (1000, 28, 28) and ours.data.dtype == torch.uint8
     assert ours.targets.bincount(minlength=10).min() > 50
-    assert 0.05 < ours.data.float().mean() / 255 < 0.25  # ink covers about as much as MNIST's
-    assert not torch.equal(ours.data[:200], mnist.stand_in("test", 200).data)
+    assert 0.05 < ours.data.float().mean() / 255 < 0.25  # about as much ink as in MNIST
+    assert not torch.equal(ours.data[:200], synthetic_mnist("test", 200).data)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
-"""The networks: their shapes, counts and what flows through them; and the table of recipes."""
+"""The networks: shapes, parameter counts and gradients; and the table of recipes."""
 
+import json
 import math
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 import torch.nn.functional as F
 
 import model
+from published import models as published
 from recipes import RECIPES, constant, one_cycle
 
-PAIRS = [(encoder, join) for encoder in model.ENCODERS for join in model.JOINS]
+ENCODERS = [model.compact, model.small, model.tiny, published.seven_conv, published.six_conv]
+ENCODERS += [published.two_conv, published.two_conv_fc]
+HEADS = [model.OuterProduct, published.ConcatMLP, published.ConcatLinear, published.SharedTrunk]
+HEADS += [published.Added]
+
+
+def function_name(function):
+    return function.__name__
 
 
 def batch(count=4):
@@ -19,9 +28,9 @@ def batch(count=4):
     return image, addend
 
 
-def build(encoder, join):
+def build(encoder, head):
     torch.manual_seed(0)
-    return model.build(encoder, join)
+    return model.build_model(encoder, head)
 
 
 def assert_log_probabilities(predictions):
@@ -31,9 +40,10 @@ def assert_log_probabilities(predictions):
         torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(4))
 
 
-@pytest.mark.parametrize("encoder, join", PAIRS)
-def test_any_encoder_goes_with_any_join_and_the_sum_reaches_the_first_convolution(encoder, join):
-    network = build(encoder, join)
+@pytest.mark.parametrize("encoder", ENCODERS, ids=function_name)
+@pytest.mark.parametrize("head", HEADS, ids=function_name)
+def test_any_encoder_works_with_any_head_and_the_sum_loss_reaches_the_encoder(encoder, head):
+    network = build(encoder, head)
     predictions = network(*batch())
     assert_log_probabilities(predictions)
     F.nll_loss(predictions[1], torch.arange(4)).backward()
@@ -41,44 +51,43 @@ def test_any_encoder_goes_with_any_join_and_the_sum_reaches_the_first_convolutio
     assert first.weight.grad.abs().max() > 0
 
 
-# An encoder never sees the number, and a join sees nothing but features and the number: what
-# follows holds for all pairs if it holds for each encoder with one join, and each join with one
-# encoder.
-EACH = [(encoder, "outer") for encoder in model.ENCODERS]
-EACH += [("small", join) for join in model.JOINS if join != "outer"]
+# An encoder never sees the addend, and a head sees only features and addend: what follows holds
+# for all pairs if it holds for each encoder with one head, and for each head with one encoder.
+EACH = [(encoder, model.OuterProduct) for encoder in ENCODERS]
+EACH += [(model.small, head) for head in HEADS[1:]]
+EACH = pytest.mark.parametrize("encoder, head", EACH, ids=function_name)
 
 
-@pytest.mark.parametrize("encoder, join", EACH)
-def test_predictions_are_in_float32_under_autocast_too(encoder, join):
-    network = build(encoder, join)
+@EACH
+def test_log_probabilities_are_float32_under_autocast_too(encoder, head):
     with torch.autocast("cpu", torch.bfloat16):
-        assert_log_probabilities(network(*batch()))
+        assert_log_probabilities(build(encoder, head)(*batch()))
 
 
-@pytest.mark.parametrize("encoder, join", EACH)
-def test_an_image_is_predicted_alone_as_in_company_and_encoded_once(encoder, join):
-    network = build(encoder, join).eval()
+@EACH
+def test_predictions_depend_neither_on_the_batch_nor_on_when_the_image_was_encoded(encoder, head):
+    network = build(encoder, head).eval()
     image, addend = batch()
     together = network(image, addend)
     features = network.encode(image)
-    for ours, theirs in zip(network.join(features, addend), together, strict=True):
+    for ours, theirs in zip(network.classify(features, addend), together, strict=True):
         assert torch.equal(ours, theirs)
-    alone = network(image[3:4], addend[3:4])
-    for ours, theirs in zip(alone, together, strict=True):
+    single = network(image[3:4], addend[3:4])
+    for ours, theirs in zip(single, together, strict=True):
         torch.testing.assert_close(ours, theirs[3:4], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("encoder, join", EACH)
-def test_the_sum_depends_on_the_addend(encoder, join):
-    network = build(encoder, join).eval()
+@EACH
+def test_the_sum_depends_on_the_addend(encoder, head):
+    network = build(encoder, head).eval()
     features = network.encode(batch(1)[0]).expand(10, -1)
-    _, total = network.join(features, torch.eye(10))
+    _, total = network.classify(features, torch.eye(10))
     assert (total[1:] - total[:1]).abs().amax(dim=1).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_untrained_losses_are_those_of_chance(name):
-    network = build(RECIPES[name].encoder, RECIPES[name].join)
+    network = build(RECIPES[name].encoder, RECIPES[name].head)
     image, addend = batch(40)
     digit, total = network(image, addend)
     # Not below, and not far above: the largest of many untrained features are large.
@@ -87,54 +96,45 @@ def test_untrained_losses_are_those_of_chance(name):
     assert F.nll_loss(total, torch.arange(40) % 19).item() == pytest.approx(math.log(19), rel=0.25)
 
 
-# Parameters of the published systems by hand: a convolution has inputs x outputs x kernel size
-# + outputs of them, an FC layer inputs x outputs + outputs.
-SIZES = {
+# Counted by hand: a convolution has inputs x outputs x kernel size + outputs parameters, a fully
+# connected layer inputs x outputs + outputs.
+PARAMETERS = {
     # 3x3: 1-32 320, 32-64 18,496, 64-128 73,856, 128-256 295,168, 256-512 1,180,160,
     # 512-1024 4,719,616, 1024-10 92,170; FC: 20-128 2,688, 128-19 2,451
     "concat-mlp": 6_384_925,
-    # 5x5: 1-6 156, 6-12 1,812; FC: number 10-30 330, 192+30-120 26,760, 120-60 7,260,
+    # 5x5: 1-6 156, 6-12 1,812; FC: addend 10-30 330, 192+30-120 26,760, 120-60 7,260,
     # 60-45 2,745, 45-10 460, 45-19 874
     "shared-trunk": 40_397,
     "shared-trunk-slow": 40_397,
     # 3x3: 1-32 320, 32-64 18,496, 64-128 73,856, 128-256 295,168, 256-256 590,080,
     # 256-512 1,180,160; FC: 512x3x3-1024 4,719,616, 1024-10 10,250, 20-19 399
     "concat-linear": 6_888_345,
-    # 5x5: 1-6 156, 6-12 1,812; FC: 192-120 23,160, 120-60 7,260, 60-10 610, number 10-60 660,
+    # 5x5: 1-6 156, 6-12 1,812; FC: 192-120 23,160, 120-60 7,260, 60-10 610, addend 10-60 660,
     # 60-19 1,159
     "added": 34_817,
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_the_published_systems_have_their_sizes(name):
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_of_the_published_networks(name):
     recipe = RECIPES[name]
-    assert model.count_parameters(build(recipe.encoder, recipe.join)) == SIZES[name]
+    assert model.count_parameters(build(recipe.encoder, recipe.head)) == PARAMETERS[name]
 
 
-def test_the_digit_hangs_on_the_addend_in_the_shared_trunk_alone():
+@pytest.mark.parametrize("name, limit", [("default", 400_000), ("fast", 400_000), ("tiny", 8_000)])
+def test_our_networks_are_small(name, limit):
+    assert model.count_parameters(build(RECIPES[name].encoder, RECIPES[name].head)) < limit
+
+
+def test_only_with_the_shared_trunk_the_digit_depends_on_the_addend():
     image, _ = batch(1)
-    for join in model.JOINS:
-        digit, _ = build("two-conv", join).eval()(image.expand(10, -1, -1, -1), torch.eye(10))
-        assert torch.equal(digit, digit[:1].expand(10, -1)) == (join != "shared-trunk")
+    for head in HEADS:
+        network = build(published.two_conv, head).eval()
+        digit, _ = network(image.expand(10, -1, -1, -1), torch.eye(10))
+        assert torch.equal(digit, digit[:1].expand(10, -1)) == (head != published.SharedTrunk)
 
 
-@pytest.mark.parametrize("name", ["default", "fast"])
-def test_our_networks_are_compact(name):
-    network = build(RECIPES[name].encoder, RECIPES[name].join)
-    assert model.count_parameters(network) <= 400_000
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_table_of_layers_accounts_for_every_parameter(name):
-    network = build(RECIPES[name].encoder, RECIPES[name].join)
-    *layers, total = model.summary(network).splitlines()
-    counts = [int(line.split()[-1].replace(",", "")) for line in layers]
-    assert sum(counts) == sum(p.numel() for p in network.parameters())
-    assert f"{sum(counts):,} parameters" in total
-
-
-def test_one_cycle_rises_to_one_and_falls_to_nothing():
+def test_one_cycle_rises_to_one_and_falls_to_zero():
     rates = [one_cycle(step, 100) for step in range(100)]
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak])
@@ -143,7 +143,7 @@ def test_one_cycle_rises_to_one_and_falls_to_nothing():
     assert 0 < rates[-1] < 0.001 and 15 <= peak <= 25
 
 
-def test_one_cycle_of_few_steps_never_stands_still():
+def test_one_cycle_of_few_steps_is_never_zero():
     for total in (1, 2, 3):
         assert all(0 < one_cycle(step, total) <= 1 for step in range(total))
 
@@ -153,9 +153,9 @@ def test_constant_is_constant():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_in_plain_types_tells_all(name):
-    plain = RECIPES[name].as_plain()
-    assert plain["schedule"] == RECIPES[name].schedule.__name__
-    assert plain["lr"] == RECIPES[name].lr and plain["encoder"] in model.ENCODERS
-    # the names that users type are free of what a shell would take for something else
-    assert name.replace("-", "").isalnum()
+def test_a_recipe_in_plain_types_has_all_columns(name):
+    recipe, plain = RECIPES[name], RECIPES[name].as_plain()
+    assert json.loads(json.dumps(plain)) == plain and {*plain} == {*vars(recipe)}
+    for column in ("encoder", "head", "schedule"):
+        assert plain[column] == getattr(recipe, column).__name__
+    assert plain["lr"] == recipe.lr and plain["affine"] == (recipe.affine and [*recipe.affine])

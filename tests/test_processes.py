@@ -1,4 +1,4 @@
-"""Several processes are the same run as one, under torchrun too, and end together."""
+"""Several processes train the same run as one, and end together."""
 
 import functools
 import os
@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import conftest
 import pytest
@@ -14,53 +14,72 @@ import torch
 from jobs import Job
 from test_train import rows
 
-import mnist
+import dataset
 import train
-from dataset import MNISTSum
-from device import Engine
-from learner import evaluate, restore
-from rundir import load_checkpoint
+from recipes import RECIPES, load_model
+from support import device
+from support.synthetic import synthetic_mnist
 
-# A last batch of one image is left when 12 are taken at a time: the second process gets none of it.
+# In batches of 12, the last has one image: the second process gets none of it.
 IMAGES = {"train": 25, "test": 11}
-FLAGS = "--recipe toy --batch-size 12 --precision fp32 --device cpu --quiet".split()
+FLAGS = "--recipe toy --batch-size 12 --precision fp32 --device cpu".split()
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, toy_recipe):
-    """The current folder, with its own small MNIST."""
-    files = conftest.files_of(IMAGES)
-    conftest.write_files(tmp_path / "data", files)
+def workdir(tmp_path, monkeypatch):
+    """A working directory with an even smaller MNIST."""
+    mnist = conftest.mnist_files(*IMAGES.values())
+    conftest.write_mnist(tmp_path / "data", mnist)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mnist, "SHA256", conftest.digests_of(files))
-    monkeypatch.setattr(train.Run, "draw", lambda run: [])
-    return tmp_path
+    monkeypatch.setattr(dataset, "SHA256", conftest.sha256_digests(mnist))
 
 
-def alone(*flags):
-    """The job in this process: its exit status."""
-    return train.main([*FLAGS, *flags])
+def set_rank(rank, port, fault):
+    """Make this process one of two, as torchrun does; `fault` is called with the rank."""
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    store |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ.update({name: str(value) for name, value in {**ranks, **store}.items()})
+    RECIPES["toy"] = conftest.TOY
+    fault(rank)
 
 
-def close(one, two):
-    """Whether two runs have the same figures, as far as floats added in another order allow."""
+def no_fault(rank):
+    pass
+
+
+@pytest.fixture
+def two(workdir):
+    """Starts a run of two processes: two(flag, ...) -> both jobs."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start(*flags, fault=no_fault):
+        ranks = [functools.partial(set_rank, rank, store.port, fault) for rank in range(2)]
+        return [Job(*FLAGS, "--output-dir", "run", *flags, prepare=rank) for rank in ranks]
+
+    return start
+
+
+def assert_close(one, two):
+    """Two runs have the same metrics and weights, up to the order of float additions."""
     for ours, theirs in zip(rows(one), rows(two), strict=True):
         for name, value in ours.items():
             if "accuracy" in name:
                 assert value == theirs[name], name
             elif "seconds" not in name:
                 assert float(value) == pytest.approx(float(theirs[name]), rel=1e-4), name
-    one, two = (torch.load(f"{run}/last.pt", weights_only=True)["network"] for run in (one, two))
+    one, two = (torch.load(f"{run}/last.pt")["network"] for run in (one, two))
     for name, weights in one.items():
         torch.testing.assert_close(weights, two[name], atol=1e-5, rtol=1e-3)
 
 
-def test_two_processes_are_the_same_run_as_one_and_either_takes_up_the_other(place):
-    (place / "job.py").write_text(
-        "import sys, torch, conftest, mnist, train\n"
-        f"mnist.SHA256 = {mnist.SHA256!r}\n"
-        "conftest.add_toy_recipe()\n"
-        "train.Run.draw = lambda run: []\n"
+def test_torchrun_trains_the_same_run_and_one_process_continues_it(job, toy_recipe):
+    Path("job.py").write_text(
+        "import sys, torch, conftest, dataset, train\n"
+        "from support import plots\n"
+        f"dataset.SHA256 = {dataset.SHA256!r}\n"
+        "train.RECIPES['toy'] = conftest.TOY\n"
+        "plots.run_figures = lambda *args: {}\n"
         "torch.set_num_threads(1)\n"
         "sys.exit(train.main())\n"
     )
@@ -70,84 +89,86 @@ def test_two_processes_are_the_same_run_as_one_and_either_takes_up_the_other(pla
     environment = {**os.environ, "PYTHONPATH": path}
     two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count("result") == 1 and "both" in two.stdout  # the first alone prints
-    assert alone("--epochs", "3", "--output-dir", "one") == 0
-    assert alone("--resume", "two", "--epochs", "3") == 0
-    close("one", "two")
+    assert two.stdout.count("result") == 1  # only rank 0 prints
+    assert job(*FLAGS, "--epochs", 3, "--output-dir", "one")[0] == 0
+    assert job("--resume", "two", "--epochs", 3)[0] == 0
+    assert_close("one", "two")
 
 
-def take_part(rank, port):
-    """What makes a job one of two processes, as torchrun tells it."""
-    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    meet |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    os.environ.update({name: str(value) for name, value in {**place, **meet}.items()})
-    conftest.add_toy_recipe()
-
-
-def take_part_without_mnist(rank, port):
-    """The same, but the second process can't have MNIST."""
-    take_part(rank, port)
-    if rank:
-        small = mnist.Source("synthetic", *(mnist.stand_in(part, 25) for part in IMAGES))
-        mnist.load = lambda *arguments: small
-
-
-@pytest.fixture
-def two():
-    """Starts the job as two processes: two(flag, ...) -> both."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def start(*flags, prepare=take_part):
-        ranks = (functools.partial(prepare, rank, store.port) for rank in range(2))
-        return [Job(*FLAGS[:-1], *flags, "--output-dir", "run", prepare=rank) for rank in ranks]
-
-    return start
-
-
-def test_figures_are_those_of_the_checkpoint_with_batch_norm_too(place, two):
-    for job in two("--recipe", "fast", "--batch-size", "13"):
+def test_metrics_are_those_of_the_checkpoint_with_batch_norm(two):
+    for job in two("--recipe", "fast", "--batch-size", 13):
         assert job.end()[0] == 0
-    state = load_checkpoint("run/last.pt")
-    learner = SimpleNamespace(network=restore(state), engine=Engine(torch.device("cpu")))
-    test = MNISTSum(mnist.load("mnist", "data", print).test, "test")
-    for name, value in evaluate(learner, test).score().items():
+    model, checkpoint = load_model("run")
+    test = dataset.MNISTSum(dataset.load_data("mnist", "data").test, "test")
+    autocast = functools.partial(torch.autocast, "cpu", enabled=False)
+    for name, value in train.evaluate(model, test, autocast).metrics().items():
         if name != "consistency":
-            assert value == pytest.approx(state["history"][-1][f"test_{name}"], rel=1e-4), name
+            assert value == pytest.approx(checkpoint["history"][-1][f"test_{name}"], rel=1e-4), name
 
 
-def test_processes_that_have_other_data_are_told_so(place, two):
-    ends = [job.end() for job in two("--epochs", "1", prepare=take_part_without_mnist)]
-    assert [end[0] for end in ends] == [1, 1]
-    assert re.fullmatch("error: some processes have MNIST[^\n]+; [^\n]+\n", ends[0][2])
-    assert not (place / "run").exists()
+def damage_mnist(rank):
+    if rank == 1:
+        dataset.SHA256 = dict.fromkeys(dataset.SHA256, "")
+
+
+def remove_mnist(rank):
+    if rank == 1:
+        digits = [synthetic_mnist(split, count) for split, count in IMAGES.items()]
+        train.load_data = lambda *args: dataset.Source("synthetic", *digits)
+
+
+def differ_in_bf16(rank):
+    device.has_fast_bf16 = lambda device: rank == 1
+
+
+ERRORS = [
+    ("", damage_mnist, 1, "rank 1: .*damaged"),
+    ("--output-dir data/MNIST/raw/train-labels-idx1-ubyte", no_fault, 1, "rank 0: cannot create"),
+    ("", remove_mnist, 1, "only some of the processes have MNIST"),
+    ("--precision auto", differ_in_bf16, 1, "only some of the processes have fast bf16"),
+    ("--bogus", no_fault, 2, ".*--bogus"),
+    ("--recipe fast --batch-size 3", no_fault, 2, "--batch-size 3 .*batch normalization"),
+]
+
+
+@pytest.mark.parametrize("flags, fault, status, message", ERRORS)
+def test_an_error_before_training_is_printed_once(two, flags, fault, status, message):
+    (first, _, err), (second, _, nothing) = [job.end() for job in two(*flags.split(), fault=fault)]
+    assert (first, second, nothing) == (status, status, "")
+    assert re.fullmatch(f"error: {message}[^\n]*\n", err), err
+
+
+def fail_to_write(rank):
+    def fail(*paths):
+        raise PermissionError(13, "Permission denied")
+
+    if rank == 0:
+        os.replace = fail
+
+
+def test_an_error_of_one_process_during_training_ends_both(two):
+    ends = [job.end() for job in two(fault=fail_to_write)]
+    for (status, _, err), message in zip(
+        ends, ("0: cannot write", "1: another process"), strict=True
+    ):
+        assert status == 1 and re.fullmatch(f"error: rank {message}[^\n]*\n", err), err
 
 
 @pytest.mark.parametrize("fault", ["a process dies", "a signal"])
-def test_processes_end_together_and_keep_the_last_whole_epoch(place, two, fault):
-    first, second = two("--epochs", "10000")
+def test_processes_end_together_and_keep_the_last_complete_epoch(two, job, toy_recipe, fault):
+    first, second = two("--epochs", 10000)
     first.wait_for("\nepoch")
     if fault == "a process dies":
         second.signal(signal.SIGKILL)
-    else:  # torchrun passes a Ctrl-C on as this
-        for job in (first, second):
-            job.signal(signal.SIGTERM)
+    else:  # torchrun sends this for Ctrl-C
+        for process in (first, second):
+            process.signal(signal.SIGTERM)
     status, _, err = first.end()
     assert second.end()[0] != 0
-    # After a signal, the first may see the second go before it looks for the signal.
-    left = "^error: a process of this run failed: .*; go on with --resume run"
-    stopped = "^stopped: " if fault == "a signal" else left
-    assert status in (1, 143) and re.search(f"{stopped}|{left}", err, re.MULTILINE), err
-    assert "Traceback" not in err
-    done = len(torch.load("run/last.pt", weights_only=True)["history"])
-    assert done >= 1
-    assert alone("--resume", "run", "--epochs", str(done + 1)) == 0
-    assert len(rows("run")) == done + 1
-
-
-@pytest.mark.parametrize("world, batch", [(2, 3), (4, 100)])
-def test_batch_norm_needs_two_images_in_each_process(world, batch):
-    recipe = train.resolve_recipe(train.parse_train("", ["--batch-size", str(batch)])[0])
-    with pytest.raises(train.UsageError, match=f"in {world} processes"):
-        train.count_steps(recipe, 6 * batch + 7 * (batch > 7), world)
-    assert train.count_steps(recipe, 6 * batch, 1) == 6
+    # The first process may notice the end of the second before its own signal.
+    message = "error: rank 0: another process .*; resume with: python train.py --resume run"
+    message += "|interrupted after epoch" if fault == "a signal" else ""
+    assert status in (1, 143) and re.match(message, err) and "Traceback" not in err, err
+    epochs = len(torch.load("run/last.pt")["history"]) + 1
+    assert job("--resume", "run", "--epochs", epochs)[0] == 0
+    assert len(rows("run")) == epochs

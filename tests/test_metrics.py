@@ -1,0 +1,93 @@
+"""The metrics, against the same computed in another way."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support.errors import UserError
+from support.metrics import CURVE_POINTS, Predictions, epoch_metrics
+
+
+@pytest.fixture
+def predictions():
+    draw = torch.Generator().manual_seed(3)
+    digits = torch.randint(10, (30,), generator=draw)
+    digit = 2 * torch.randn(30, 10, 10, generator=draw) + 3 * F.one_hot(digits, 10)[:, None]
+    total = torch.randn(30, 10, 19, generator=draw)
+    total = total + 3 * F.one_hot(digits[:, None] + torch.arange(10), 19)
+    return Predictions(digit.log_softmax(2), total.log_softmax(2), digits)
+
+
+def test_metrics_are_those_of_a_count_pair_by_pair(predictions):
+    digit_loss = sum_loss = 0.0
+    correct_digits = correct_sums = correct_both = consistent = 0
+    for i, digit in enumerate(predictions.digits.tolist()):
+        for addend in range(10):
+            digit_log_probs = predictions.digit_log_probs[i, addend]
+            sum_log_probs = predictions.sum_log_probs[i, addend]
+            digit_loss += F.cross_entropy(digit_log_probs, torch.tensor(digit)).item()
+            sum_loss += F.cross_entropy(sum_log_probs, torch.tensor(digit + addend)).item()
+            predicted, total = int(digit_log_probs.argmax()), int(sum_log_probs.argmax())
+            correct_digits += predicted == digit
+            correct_sums += total == digit + addend
+            correct_both += predicted == digit and total == digit + addend
+            consistent += total == predicted + addend
+    metrics = predictions.metrics()
+    assert metrics["digit_loss"] == pytest.approx(digit_loss / 300, rel=1e-5)
+    assert metrics["sum_loss"] == pytest.approx(sum_loss / 300, rel=1e-5)
+    assert metrics["digit_accuracy"] == pytest.approx(correct_digits / 300)
+    assert metrics["sum_accuracy"] == pytest.approx(correct_sums / 300)
+    assert metrics["both_accuracy"] == pytest.approx(correct_both / 300)
+    assert metrics["consistency"] == pytest.approx(consistent / 300)
+    assert 0 < correct_both < correct_sums < 300  # so that all of these differ
+
+
+def test_confusion_counts_an_image_once_by_its_mean_probability_and_each_of_its_sums(predictions):
+    digit_counts, sum_counts = torch.zeros(10, 10).long(), torch.zeros(19, 19).long()
+    for i, digit in enumerate(predictions.digits.tolist()):
+        mean = sum(predictions.digit_log_probs[i, addend].exp() for addend in range(10)) / 10
+        digit_counts[digit, mean.argmax()] += 1
+        for addend in range(10):
+            sum_counts[digit + addend, predictions.sum_log_probs[i, addend].argmax()] += 1
+    for ours, theirs in zip(predictions.confusion(), (digit_counts, sum_counts), strict=True):
+        assert torch.equal(ours, theirs)
+    assert digit_counts.sum() == 30 and sum_counts.sum() == 300
+
+
+def test_the_most_confident_errors_come_first(predictions):
+    indices, digits, confidences = predictions.most_confident_errors(5)
+    assert 0 < len(indices) <= 5
+    assert (digits != predictions.digits[indices]).all()
+    assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
+    everything = predictions.most_confident_errors(1000)
+    counts, _ = predictions.confusion()
+    assert len(everything[0]) == counts.sum() - counts.trace()
+    assert everything[2][0] == confidences[0] == everything[2].max()
+
+
+def test_losses_of_an_epoch_are_means_over_images_not_over_batches():
+    steps = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0], [5.0, 6.0, 1.0, 1.0, 1.0]]).double()
+    metrics, curve = epoch_metrics(steps, epoch=3)
+    assert metrics == {
+        "digit_loss": pytest.approx((1 * 4 + 5 * 1) / 5),
+        "sum_loss": pytest.approx((2 * 4 + 6 * 1) / 5),
+        "digit_accuracy": 4 / 5,
+        "sum_accuracy": 3 / 5,
+    }
+    assert curve == [(2.5, 1.0, 2.0), (3.0, 5.0, 6.0)]
+
+
+@pytest.mark.parametrize("steps", [1, 19, 20, 21, 468])
+def test_the_curve_has_its_points_for_any_number_of_steps(steps):
+    _, curve = epoch_metrics(torch.ones(steps, 5).double(), epoch=1)
+    assert len(curve) == min(steps, CURVE_POINTS)
+    assert curve[-1][0] == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_broken_loss_is_an_error_that_names_its_first_step(value, head):
+    steps = torch.ones(10, 5).double()
+    steps[6:8, head] = value
+    with pytest.raises(UserError, match="step 7 of 10 in epoch 4.*--lr"):
+        epoch_metrics(steps, epoch=4)
