@@ -50,22 +50,27 @@ class Run(NamedTuple):
 
 def train(recipe, flags, processes=1):
     """Train in a new process, or with torchrun in several that share the threads; returns a Run."""
+    with tempfile.TemporaryDirectory() as directory:
+        return run_train(recipe, flags, directory, processes)
+
+
+def run_train(recipe, flags, directory, processes=1):
+    """See `train`; the files of the run are left in `directory`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() // processes or 1)}
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py")]
-        command += ["--recipe", recipe, "--output-dir", directory, "--quiet", *flags]
-        clock = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        for line in process.stdout:
-            if line.startswith("result"):
-                wall_seconds = time.perf_counter() - clock
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # it must not be waited for again
-        if status:
-            raise UserError(f"failed: {shlex.join(command)}")
-        files = ("results.json", "args.json", "metrics.csv")
-        results, args, metrics = (Path(directory, name).read_text() for name in files)
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py")]
+    command += ["--recipe", recipe, "--output-dir", directory, "--quiet", *flags]
+    clock = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if line.startswith("result"):
+            wall_seconds = time.perf_counter() - clock
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # it must not be waited for again
+    if status:
+        raise UserError(f"failed: {shlex.join(command)}")
+    files = ("results.json", "args.json", "metrics.csv")
+    results, args, metrics = (Path(directory, name).read_text() for name in files)
     header, *rows = (line.split(",") for line in metrics.splitlines())
     epoch_seconds = [float(row[header.index("train_seconds")]) for row in rows]
     # On Linux the maximum includes this process when it forked, which is smaller.

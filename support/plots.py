@@ -1,7 +1,4 @@
-"""Plots of a run and of single predictions, as figures made without pyplot: no display needed.
-
-The colors are from the Okabe-Ito palette, which is safe for color-blind readers.
-"""
+"""Plots of a run and of single predictions, as figures made without pyplot: no display needed."""
 
 import io
 import itertools
@@ -16,13 +13,10 @@ from matplotlib.ticker import LogLocator
 from support.constants import NUM_DIGITS, NUM_SUMS
 
 COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 6, 24, 30  # of the plots made of images
-GRAY, CORRECT_COLOR, WRONG_COLOR = "0.35", "#009E73", "#CC79A7"
+# The colors are from the Okabe-Ito palette, which is safe for color-blind readers.
+CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"
 HEAD_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
-SPLIT_STYLES = {
-    "train": {"lw": 1, "marker": ".", "alpha": 0.7},
-    "val": {"lw": 1.5, "marker": "s", "ls": ":", "markerfacecolor": "white"},
-    "test": {"lw": 2, "marker": "o"},
-}
+SPLIT_STYLES = {"train": {"lw": 1, "alpha": 0.7}, "val": {"ls": ":"}, "test": {"lw": 2}}
 
 
 def as_png(figure):
@@ -32,21 +26,19 @@ def as_png(figure):
     return content.getbuffer()
 
 
-def run_figures(
-    history, curve, predictions, images, addends, disputed_labels, title, label_smoothing
-):
+def run_figures(history, curve, predictions, images, addends, disputed, title, label_smoothing):
     """All plots of a run: a dict from file names to figures.
 
     history, curve, title, label_smoothing: as for loss_figure; predictions: of the N test images;
     images: uint8 (N, 28, 28); addends: int64 (N,), the one to show with each image;
-    disputed_labels: a set of indices of test images. All tensors are on the CPU.
+    disputed: the indices of test images with a disputed label, a set. All tensors are on the CPU.
     """
     return {
         "loss.png": loss_figure(curve, history, title, label_smoothing),
         "accuracy.png": _accuracy_figure(history, title),
         "confusion_matrix.png": _confusion_figure(*predictions.confusion(), title),
         "predictions.png": _samples_figure(predictions, images, addends, title),
-        "mistakes.png": _mistakes_figure(predictions, images, disputed_labels, title),
+        "mistakes.png": _mistakes_figure(predictions, images, disputed, title),
     }
 
 
@@ -56,20 +48,17 @@ def loss_figure(curve, history, title, label_smoothing):
     curve: (position in epochs, digit loss, sum loss), means over the training samples since the
     previous point; history: the rows of metrics.csv; title: a line about the run.
     """
-    # The smoothed target gives the true one of n classes the probability 1 - s + s / n.
-    lowest = [-math.log(1 - label_smoothing * (1 - 1 / n)) for n in (NUM_DIGITS, NUM_SUMS)]
-    note = (
-        f"Plotted without label smoothing. Training uses label smoothing {label_smoothing:g}: its "
-        "objective is lowest at the dotted lines, {:.3f} (digit) and {:.3f} (sum), not at 0."
-    ).format(*lowest)
+    note = f"Plotted without label smoothing. Training uses label smoothing {label_smoothing:g}: "
+    note += "its objective is lowest at the dotted lines, not at 0."
     figure = new_figure("Loss per epoch", title, 5.6, note if label_smoothing else "")
     axes = figure.add_subplot()
     positions, *losses = zip(*curve, strict=True)
-    for head, values, value in zip(("digit", "sum"), losses, lowest, strict=True):
-        style = SPLIT_STYLES["train"] | {"color": HEAD_COLORS[head], "marker": ""}
-        axes.plot(positions, values, label=f"{head}, train: {values[-1]:.4f}", **style)
-        if label_smoothing:
-            axes.axhline(value, color=HEAD_COLORS[head], linewidth=1, linestyle=":")
+    for head, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
+        color, label = HEAD_COLORS[head], f"{head}, train: {values[-1]:.4f}"
+        axes.plot(positions, values, color=color, label=label, **SPLIT_STYLES["train"])
+        if label_smoothing:  # by s: the true one of n classes has the target 1 - s + s / n
+            lowest = -math.log(1 - label_smoothing * (1 - 1 / n))
+            axes.axhline(lowest, color=color, linewidth=1, linestyle=":")
     _plot_history(axes, history, ("val", "test"), "loss")
     finish_curves(axes, "negative log-likelihood, nats (log scale)", "last value")
     axes.set_xlim(0, 1.02 * positions[-1])
@@ -83,11 +72,12 @@ def prediction_figure(originals, pixels, digits, sums, titles):
     (N, 19), probabilities; titles: N lines.
     """
     figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(titles))
-    grid = figure.subplots(len(titles), 4, squeeze=False, width_ratios=(2, 2, 3, 5))
-    for i, (original, network_input, *bars) in enumerate(grid):
+    rows = figure.subfigures(len(titles), 1, squeeze=False).flatten()
+    for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        row.suptitle(title, x=0.012, ha="left")
+        original, network_input, *bars = row.subplots(1, 4, width_ratios=(2, 2, 3, 6))
         original.imshow(originals[i])
-        original.set(xticks=[], yticks=[], xlabel="original", anchor="W")
-        original.set_title(titles[i], loc="left")
+        original.set(xticks=[], yticks=[], xlabel="original")
         network_input.imshow(pixels[i], cmap="gray", vmin=0, vmax=255)
         network_input.set(xticks=[], yticks=[], xlabel="input of the network")
         for axes, head, values in zip(bars, ("digit", "sum"), (digits[i], sums[i]), strict=True):
@@ -98,29 +88,26 @@ def prediction_figure(originals, pixels, digits, sums, titles):
 
 
 def new_figure(heading, subtitle, height, note=""):
-    """An empty figure, 10 inches (1,500 pixels) wide and `height` inches high, with its texts."""
+    """An empty figure, 10 inches (1,500 pixels) wide, with texts at the top and the bottom."""
     figure = Figure(figsize=(10, height), dpi=150, layout="constrained")
-    lines = textwrap.wrap(subtitle, width=110)
-    place = {"x": 0.012, "va": "top"}
-    figure.text(y=1 - 0.12 / height, s=heading, fontsize=14, weight="bold", **place)
-    figure.text(y=1 - 0.42 / height, s="\n".join(lines), fontsize=10.5, color=GRAY, **place)
-    figure.supxlabel(note, x=0.012, ha="left", fontsize=9, color=GRAY)
-    header = 0.42 + 0.22 * len(lines)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, rect=(0, 0, 1, 1 - header / height))
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    lines = [heading, *textwrap.wrap(subtitle, width=100)]
+    figure.suptitle("\n".join(lines), x=0.012, ha="left", linespacing=1.5)
+    figure.supxlabel(note, x=0.012, ha="left", fontsize=9)
     return figure
 
 
 def finish_curves(axes, ylabel, legend_title):
     """Add labels, a log scale and a legend to axes with curves; zeros are below the scale."""
     drawn = [y for line in axes.lines for y in line.get_ydata() if y > 0] or [0.1]
-    axes.set(xlabel="epoch", ylabel=ylabel, yscale="log", ylim=(min(drawn) / 2, 2 * max(drawn)))
+    limits = min(drawn) / 1.6, 1.6 * max(drawn)  # always contain a tick
+    axes.set(xlabel="epoch", ylabel=ylabel, ylim=limits, yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.locator_params(axis="x", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
     axes.grid(color="0.9")
-    place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
-    axes.legend(title=legend_title, alignment="left", **place)
+    axes.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _plot_history(axes, history, splits, metric):
@@ -133,8 +120,8 @@ def _plot_history(axes, history, splits, metric):
             text = f"{y[-1]:.4f}" if metric == "loss" else f"{100 * y[-1]:.2f} %"
             y = y if metric == "loss" else 100 - 100 * y
             style = SPLIT_STYLES[split] | ({"lw": 0.8} if head == "both" else {})
-            style |= {"color": HEAD_COLORS[head], "markersize": 4}
-            axes.plot(epochs, y, label=f"{head}, {split}: {text}", **style)
+            style |= {"color": HEAD_COLORS[head], "label": f"{head}, {split}: {text}"}
+            axes.plot(epochs, y, marker=".", **style)
 
 
 def _accuracy_figure(history, title):
@@ -146,7 +133,7 @@ def _accuracy_figure(history, title):
     finish_curves(axes, "error rate, % (log scale)", "accuracy in the last epoch")
     if len(history) == 1:
         for i, line in enumerate(axes.lines):
-            line.set(xdata=[i], markersize=9)
+            line.set(xdata=[i], markersize=16)
         labels = [line.get_label().replace(": ", "\n") for line in axes.lines]
         axes.set_xticks(range(len(labels)), labels)
         axes.set(xlim=(-0.5, len(labels) - 0.5), xlabel="accuracy")
@@ -156,20 +143,18 @@ def _accuracy_figure(history, title):
 
 def _confusion_figure(digit_counts, sum_counts, title):
     """Confusion matrices of both heads, one row per true class; only errors are colored."""
-    note = "An image's digit is predicted from its mean probabilities over the ten addends. "
-    note += "Color: errors relative to the number in the row, on a log scale."
+    note = "Digit: predicted from mean probabilities over the ten addends. Color: share of errors."
     figure = new_figure("Confusion matrices of the test set", title, 7.2, note)
     left, right = figure.subplots(1, 2, width_ratios=(12, 19))
-    for axes, head, counts, unit, size in (
-        (left, "digit", digit_counts, "images", 9),
-        (right, "sum", sum_counts, "(image, addend) pairs", 6.5),
+    for axes, counts, text, size in (
+        (left, digit_counts, "Digit: number of images", 9),
+        (right, sum_counts, "Sum: number of (image, addend) pairs", 6.5),
     ):
         shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        norm = LogNorm(1e-5, 1)  # zero has no color
-        axes.imshow(shares.fill_diagonal_(0).numpy(), cmap="Oranges", norm=norm, alpha=0.7)
-        axes.set(xlabel=f"predicted {head}", ylabel=f"true {head}", anchor="N")
+        shares.fill_diagonal_(0)  # on the log scale, zero has no color
+        axes.imshow(shares, cmap="Oranges", norm=LogNorm(1e-5, 1), alpha=0.7)
+        axes.set(title=text, xlabel="predicted", ylabel="true", anchor="N")
         axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
-        axes.set_title(f"{head.capitalize()}: number of {unit}", fontsize=11, loc="left")
         # Clipped texts are left out of the layout, which need not measure hundreds of them.
         style = {"ha": "center", "va": "center", "fontsize": size, "clip_on": True}
         for true, predicted in counts.nonzero().tolist():
@@ -191,25 +176,25 @@ def _samples_figure(predictions, images, addends, title):
     return _image_grid(cells, heading, title, "Above: predicted digit + addend = predicted sum.")
 
 
-def _mistakes_figure(predictions, images, disputed_labels, title):
+def _mistakes_figure(predictions, images, disputed, title):
     """The test images with a wrong predicted digit, the highest confidence first."""
     cells, errors = [], predictions.most_confident_errors(MAX_MISTAKES)
     for i, digit, confidence in zip(*(values.tolist() for values in errors), strict=True):
-        above = f"{digit}, label: {predictions.digits[i]}" + "*" * (i in disputed_labels)
+        above = f"{digit}, label: {predictions.digits[i]}"
         below = f"confidence {100 * confidence:.2f} %\ntest image {i}"
+        below += "\nlabel disputed" if i in disputed else ""
         cells.append((images[i], above, below, False))
     if not cells:
         return new_figure("No test errors: every digit is correct", title, height=1.0)
     note = "Above: predicted digit and label. Confidence: mean probability over the ten addends."
-    if any("*" in above for _, above, *_ in cells):
-        note += " *: label disputed, see Northcutt et al. 2021, labelerrors.com."
+    note += " Disputed: see Northcutt et al. 2021, labelerrors.com." if disputed else ""
     return _image_grid(cells, "Test errors with the highest confidence", title, note)
 
 
 def _image_grid(cells, heading, title, note):
     """Cells (image, text above, text below, correct) in rows of COLUMNS."""
     rows = math.ceil(len(cells) / COLUMNS)
-    figure = new_figure(heading, title, 1.0 + 2.2 * rows, note)
+    figure = new_figure(heading, title, 1.0 + 2.4 * rows, note)
     for i, (image, above, below, correct) in enumerate(cells, start=1):
         axes = figure.add_subplot(rows, COLUMNS, i, xticks=[], yticks=[], xlabel=below)
         axes.imshow(image.numpy(), cmap="Greys", vmin=0, vmax=255)

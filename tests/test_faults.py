@@ -75,9 +75,9 @@ class Reference(NamedTuple):
 def uninterrupted():
     assert Job("--bogus").end()[0] == 2  # the first process takes longer
     start = time.monotonic()
-    assert Job(*RUN, prepare=functools.partial(kill_in_write, None, None)).end()[0] == 0
+    job = Job(*RUN, "--output-dir", "reference", prepare=functools.partial(kill_in_write, None, 0))
+    assert job.end()[0] == 0
     seconds, writes = time.monotonic() - start, int(Path("writes").read_text())
-    os.rename("run", "reference")
     return Reference(saved("reference"), Path("reference", LAST).read_bytes(), seconds, writes)
 
 
@@ -395,9 +395,8 @@ def assert_refused_or_equal(job):
 
 @pytest.mark.parametrize("harm", HARMS | FOREIGN)
 def test_a_file_that_is_not_a_checkpoint(job, harm):
-    old = uninterrupted().checkpoint
     Path("run").mkdir()
-    (HARMS | FOREIGN)[harm](Path("run", LAST), old, random.Random(0))
+    (HARMS | FOREIGN)[harm](Path("run", LAST), uninterrupted().checkpoint, random.Random(0))
     assert_refused_or_equal(job)
 
 

@@ -1,4 +1,4 @@
-"""Predictions on people's own pictures, from the command line and from the exported network."""
+"""predict.py: predictions for pictures, their output, and the exported network."""
 
 import io
 import json
@@ -15,17 +15,18 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import mnist
-import plots
 import predict
 import train
-from handwriting import prepare
-from rundir import load_checkpoint
+from dataset import Source
+from recipes import load_model
+from support import plots
+from support.handwriting import prepare
+from support.synthetic import synthetic_mnist
 
 
-def prepared_digits(part, count):
-    """Digits of the stand-in, prepared as MNIST's are, so that a network may learn from them."""
-    digits = mnist.stand_in(part, count)
+def prepared_digits(split, count):
+    """Synthetic digits, normalized as those of MNIST, so that a network can learn from them."""
+    digits = synthetic_mnist(split, count)
     pixels = [prepare(Image.fromarray(image)).pixels for image in digits.data.numpy()]
     return SimpleNamespace(data=torch.from_numpy(np.stack(pixels)), targets=digits.targets)
 
@@ -35,38 +36,38 @@ DIGITS = prepared_digits("test", 40)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A run that has learned such digits well enough to read them."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    source = mnist.Source("mnist", prepared_digits("train", 1000), DIGITS)
+    """A model that has learned to recognize such digits."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    source = Source("mnist", prepared_digits("train", 1000), DIGITS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mnist, "load", lambda *args: source)
-        patch.setattr(train.Run, "draw", lambda run: [])
+        patch.setattr(train, "load_data", lambda *args: source)
+        patch.setattr(plots, "run_figures", lambda *args: {})
         flags = ["--recipe", "fast", "--epochs", "6", "--batch-size", "50", "--quiet"]
-        assert train.main([*flags, "--output-dir", str(folder)]) == 0
-    return folder / "last.pt"
+        assert train.main([*flags, "--output-dir", str(directory)]) == 0
+    return directory / "last.pt"
 
 
 @pytest.fixture
-def trained(workplace, checkpoint):
-    """That run, in the current folder."""
-    (workplace / "run").mkdir()
-    return Path(shutil.copy(checkpoint, workplace / "run")).parent
+def trained(workdir, checkpoint):
+    """A run directory with it in the current directory."""
+    (workdir / "run").mkdir()
+    return Path(shutil.copy(checkpoint, workdir / "run")).parent
 
 
 @pytest.fixture
-def pictures(workplace):
-    """Files of digits, dark on light, enlarged: a list of (file, digit)."""
+def pictures(workdir):
+    """Picture files of digits, dark on light, enlarged: a list of (file, digit)."""
     files = []
     for i, (pixels, digit) in enumerate(zip(DIGITS.data, DIGITS.targets.tolist(), strict=True)):
         picture = Image.fromarray(255 - pixels.numpy()).resize((112, 112), Image.Resampling.BICUBIC)
-        picture.save(workplace / f"{i}.png")
+        picture.save(workdir / f"{i}.png")
         files.append((f"{i}.png", digit))
     return files
 
 
 @pytest.fixture
 def command(trained, capsys):
-    """The command in this process: command(argument, ...) -> (exit status, stdout, stderr)."""
+    """predict.py in this process: command(argument, ...) -> (exit status, stdout, stderr)."""
 
     def call(*arguments):
         capsys.readouterr()
@@ -76,7 +77,18 @@ def command(trained, capsys):
     return call
 
 
-def test_a_picture_gets_its_line(command, pictures):
+def load_predictor(run):
+    model, checkpoint = load_model(run)
+    return predict.Predictor(model, checkpoint["recipe"])
+
+
+def change_checkpoint(run, key, values):
+    checkpoint = torch.load(run / "last.pt")
+    checkpoint[key] |= values
+    torch.save(checkpoint, run / "last.pt")
+
+
+def test_the_line_of_a_picture(command, pictures):
     file, digit = pictures[2]
     status, out, _ = command(file, "--add", 7)
     assert status == 0
@@ -84,21 +96,21 @@ def test_a_picture_gets_its_line(command, pictures):
     assert re.fullmatch(line, out), out
 
 
-def test_many_pictures_are_read_and_told_apart_by_their_names(command, pictures):
+def test_several_pictures_are_recognized_and_labeled_with_their_names(command, pictures):
     status, out, _ = command(*[file for file, _ in pictures], "--add", 3, "--json")
     assert status == 0
     records = json.loads(out)
     assert [record["file"] for record in records] == [file for file, _ in pictures]
-    right = [r["digit"] == digit for r, (_, digit) in zip(records, pictures, strict=True)]
+    correct = [r["digit"] == digit for r, (_, digit) in zip(records, pictures, strict=True)]
     sums = [r["sum"] == digit + 3 for r, (_, digit) in zip(records, pictures, strict=True)]
-    assert sum(right) >= 36 and sum(sums) >= 36
+    assert sum(correct) >= 36 and sum(sums) >= 36
     keys = {"file", "digit", "digit_probability", "addend", "sum", "sum_probability", "warnings"}
     assert set(records[0]) == keys
     _, lines, _ = command(*[file for file, _ in pictures[:3]])
     assert [line.split(":")[0] for line in lines.splitlines()] == ["0.png", "1.png", "2.png"]
 
 
-def test_pictures_do_not_pile_up_in_memory(command, pictures, monkeypatch):
+def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
     read, seen, alive = predict.read_picture, [], []
 
     def read_picture(file):
@@ -109,11 +121,11 @@ def test_pictures_do_not_pile_up_in_memory(command, pictures, monkeypatch):
 
     monkeypatch.setattr(predict, "read_picture", read_picture)
     assert command(*[file for file, _ in pictures[:5]])[0] == 0
-    assert len(alive) == 5 and max(alive) <= 2  # the one that is read, and the one before it
+    assert len(alive) == 5 and max(alive) <= 2  # this one and the one before it
 
 
-def test_more_pictures_than_a_batch_give_what_each_gives_alone(trained, monkeypatch):
-    predictor = predict.Predictor(load_checkpoint(trained / "last.pt"))
+def test_predictions_do_not_depend_on_the_batch_size(trained, monkeypatch):
+    predictor = load_predictor(trained)
     prepared = [SimpleNamespace(pixels=pixels.numpy()) for pixels in DIGITS.data[:7]]
     together = predict.predict(predictor, prepared, 4)
     monkeypatch.setattr(predict, "BATCH", 3)
@@ -122,16 +134,16 @@ def test_more_pictures_than_a_batch_give_what_each_gives_alone(trained, monkeypa
         torch.testing.assert_close(ours.sum(dim=1), torch.ones(7))
 
 
-def test_standard_input_is_read(command, pictures, monkeypatch, workplace):
+def test_a_picture_from_standard_input(command, pictures, monkeypatch, workdir):
     file, digit = pictures[1]
-    stream = SimpleNamespace(buffer=io.BytesIO((workplace / file).read_bytes()))
+    stream = SimpleNamespace(buffer=io.BytesIO((workdir / file).read_bytes()))
     monkeypatch.setattr(predict.sys, "stdin", stream)
     status, out, _ = command("-", "--add", 1)
     assert status == 0 and out.startswith(f"digit {digit} ")
 
 
-def test_a_bad_picture_is_reported_and_the_others_are_done(command, pictures, workplace):
-    (workplace / "text.png").write_text("no picture")
+def test_an_unreadable_picture_is_reported_and_the_others_are_predicted(command, pictures, workdir):
+    (workdir / "text.png").write_text("not an image")
     status, out, err = command("0.png", "text.png", "missing.png", "1.png")
     assert status == 1 and len(out.splitlines()) == 2
     lines = err.splitlines()
@@ -142,8 +154,8 @@ def test_a_bad_picture_is_reported_and_the_others_are_done(command, pictures, wo
     assert "Traceback" not in err
 
 
-def test_a_picture_without_ink_is_warned_of(command, workplace):
-    Image.new("L", (100, 100), 255).save(workplace / "white.png")
+def test_a_picture_without_ink_gives_a_warning(command, workdir):
+    Image.new("L", (100, 100), 255).save(workdir / "white.png")
     _, out, err = command("white.png", "--json")
     assert json.loads(out)[0]["warnings"] and err.startswith("warning: white.png: ")
 
@@ -155,70 +167,68 @@ def test_a_picture_without_ink_is_warned_of(command, workplace):
 def test_wrong_usage_is_one_line_and_status_2(command, arguments):
     arguments = arguments and ["0.png", *arguments]
     status, out, err = command(*arguments)
-    assert (status, out) == (2, "") and re.fullmatch(r"error: [^\n]+; [^\n]+\n", err), err
+    assert (status, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err), err
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
-def test_a_run_without_a_checkpoint_is_one_line(workplace, capsys, place):
-    (workplace / "empty").mkdir()
-    (workplace / "file").write_bytes(b"PK\x03\x04 no checkpoint")
+def test_a_run_without_a_checkpoint_is_one_line(workdir, capsys, place):
+    (workdir / "empty").mkdir()
+    (workdir / "file").write_bytes(b"PK\x03\x04 not a checkpoint")
     assert predict.main([place, "0.png"]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(r"error: [^\n]+; [^\n]+\n", err), err
+    assert out == "" and re.fullmatch(r"error: [^\n]+\n", err), err
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, capsys):
-    state = load_checkpoint(trained / "last.pt")
-    state["recipe"]["encoder"] = "compact"
-    torch.save(state, trained / "last.pt")
+    change_checkpoint(trained, "recipe", {"encoder": "compact"})
     assert predict.main([str(trained), "0.png"]) == 1
-    assert "another network" in capsys.readouterr().err
+    assert re.fullmatch("error: [^\n]*different network\n", capsys.readouterr().err)
 
 
-def test_what_the_network_saw_is_drawn(command, pictures, workplace):
-    assert command("0.png", "1.png", "--save-picture", "seen.png")[0] == 0
-    with Image.open(workplace / "seen.png") as seen:
-        assert seen.width == 1500 and seen.height > 500
+def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
+    assert command("0.png", "1.png", "--save-picture", "plot.png")[0] == 0
+    with Image.open(workdir / "plot.png") as plot:
+        assert plot.width == 1500 and plot.height > 500
 
 
-def test_what_is_drawn_is_the_picture_as_it_was_read(command, workplace, monkeypatch):
+def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
     ink = Image.new("RGBA", (60, 40))  # transparent: white
     ink.paste("black", (28, 8, 32, 32))
-    ink.save(workplace / "ink.png")
+    ink.save(workdir / "ink.png")
     turned = Image.Exif()
     turned[0x0112] = 6
-    ink.convert("RGB").save(workplace / "turned.jpg", exif=turned)
-    draw, drawn = plots.reading_figure, []
-    monkeypatch.setattr(plots, "reading_figure", lambda *a: drawn.extend(a[0]) or draw(*a))
-    assert command("ink.png", "turned.jpg", "--save-picture", "seen.png")[0] == 0
-    assert drawn[0].getextrema() == ((0, 255),) * 3
-    assert drawn[0].size == (60, 40) and drawn[1].size == (40, 60)
+    ink.convert("RGB").save(workdir / "turned.jpg", exif=turned)
+    plot, plotted = plots.prediction_figure, []
+    monkeypatch.setattr(plots, "prediction_figure", lambda *a: plotted.extend(a[0]) or plot(*a))
+    assert command("ink.png", "turned.jpg", "--save-picture", "plot.png")[0] == 0
+    assert plotted[0].getextrema() == ((0, 255),) * 3
+    assert plotted[0].size == (60, 40) and plotted[1].size == (40, 60)
 
 
 @pytest.mark.parametrize(
-    "flags, told", [({"dataset": "synthetic"}, "NOT MNIST"), ({"dry_run": True}, "dry run")]
+    "flags, caveat", [({"dataset": "synthetic"}, "NOT MNIST"), ({"dry_run": True}, "dry run")]
 )
-def test_a_network_that_learned_no_mnist_is_warned_of(command, trained, pictures, flags, told):
-    state = load_checkpoint(trained / "last.pt")
-    state["flags"] |= flags
-    torch.save(state, trained / "last.pt")
+def test_a_network_not_trained_on_all_of_mnist_gives_a_warning(
+    command, trained, pictures, flags, caveat
+):
+    change_checkpoint(trained, "flags", flags)
     status, _, err = command("0.png", "--export", "digits.pt2")
-    assert status == 0 and re.match(f"warning: [^\n]*{told}", err)
-    assert told in Path("digits.pt2.md").read_text()
+    assert status == 0 and re.match(f"warning: [^\n]*{caveat}", err)
+    assert caveat in Path("digits.pt2.md").read_text()
 
 
-def test_an_export_leaves_the_output_to_the_records(command, pictures):
+def test_with_json_an_export_is_reported_on_stderr(command, pictures):
     status, out, err = command("0.png", "--json", "--export", "digits.pt2")
     assert status == 0 and len(json.loads(out)) == 1 and "exported digits.pt2\n" in err
 
 
-def test_the_exported_network_is_the_network_and_its_card_says_how_to_call_it(command, trained):
+def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(command, trained):
     status, out, _ = command("--export", "digits.pt2")
     assert status == 0 and out == "exported digits.pt2\nexported digits.pt2.md\n"
     with zipfile.ZipFile("digits.pt2") as archive:  # no paths of this machine
         for part in archive.namelist():
             assert str(ROOT).encode() not in archive.read(part), part
-    predictor = predict.Predictor(load_checkpoint(trained / "last.pt"))
+    predictor = load_predictor(trained)
     exported = torch.export.load("digits.pt2").module()
     for count in (1, 2, 40):
         pixels, addends = DIGITS.data[:count], torch.arange(count) % 10

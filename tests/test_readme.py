@@ -7,6 +7,7 @@ import subprocess
 import sys
 from unittest.mock import ANY, patch
 
+import gpu
 import photographs
 import published_systems
 import pytest
@@ -32,6 +33,7 @@ PARSERS = {
     "predict.py": predict.parse_args,
     "benchmarks/seeds.py": seeds.parse_args,
     "benchmarks/speed.py": speed.parse_args,
+    "benchmarks/gpu.py": gpu.parse_args,
     "benchmarks/photographs.py": photographs.parse_args,
     "benchmarks/published_systems.py": lambda argv: None,
     "tests/test_faults.py": lambda argv: None,
@@ -39,7 +41,14 @@ PARSERS = {
 COMMANDS = sorted(
     {
         tuple(shlex.split(call.split("#")[0])[1:])
-        for block in [*BLOCKS, train.__doc__, predict.__doc__, seeds.__doc__, speed.__doc__]
+        for block in [
+            *BLOCKS,
+            train.__doc__,
+            predict.__doc__,
+            seeds.__doc__,
+            speed.__doc__,
+            gpu.__doc__,
+        ]
         for line in block.splitlines()
         for call in line.split("&&")
         if re.match(r"\s*(\S*/)?python (\w+/)?\w+\.py", call)
@@ -65,7 +74,7 @@ def test_scripts_start():
     scripts = {script for script in PARSERS if "/" in script}
     start = "import runpy, sys; sys.path[0] = sys.argv[1]; runpy.run_path(sys.argv[2])"
     paths = [ROOT / script for script in sorted(scripts)]
-    assert len(paths) == 5
+    assert len(paths) == 6
     commands = [[sys.executable, "-c", start, path.parent, path] for path in paths]
     processes = [subprocess.Popen(command, cwd=ROOT / "tests") for command in commands]
     assert [process.wait() for process in processes] == [0] * len(paths)
