@@ -157,12 +157,17 @@ def load_data(name, data_dir):
 
 def load_mnist(data_dir):
     """torchvision's MNIST training and test set, downloaded first if a file is missing."""
-    mnist = torchvision_mnist()
+    try:
+        from torchvision.datasets import MNIST  # not at the top: importing it takes a second
+    except (ImportError, RuntimeError) as error:
+        message = f"torchvision does not work with torch {torch.__version__} ({error}); reinstall "
+        message += "both from one index: pip install --force-reinstall torch torchvision"
+        raise UserError(message) from error
     try:
         files = read_verified(data_dir)
     except FileNotFoundError as error:
         warn(f"{error.filename.removesuffix('.gz')} not found: downloading MNIST")
-        download(mnist, data_dir)
+        download(MNIST, data_dir)
         files = read_verified(data_dir)
     # torchvision prefers old files in MNIST/processed, does not check unpacked ones, and crashes on
     # truncated ones: it is given a directory with nothing but verified files.
@@ -170,19 +175,7 @@ def load_mnist(data_dir):
         raw_dir(verified).mkdir(parents=True)
         for name, content in files.items():
             (raw_dir(verified) / name).write_bytes(content)
-        return mnist(verified, train=True), mnist(verified, train=False)
-
-
-def torchvision_mnist():
-    """The class torchvision.datasets.MNIST. Imported only here, because that takes a second."""
-    try:
-        from torchvision.datasets import MNIST
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"torchvision does not work with torch {torch.__version__} ({error}); reinstall both "
-            "from one index: pip install --force-reinstall torch torchvision"
-        ) from error
-    return MNIST
+        return MNIST(verified, train=True), MNIST(verified, train=False)
 
 
 def raw_dir(data_dir):
@@ -211,10 +204,8 @@ def read_verified(data_dir):
 
 
 def download(mnist, data_dir):
-    """Download MNIST with torchvision; if it fails, raise Unavailable and create nothing.
-
-    Of several processes one downloads while the others wait.
-    """
+    """Download MNIST with torchvision; if it fails, raise Unavailable and create nothing."""
+    # Of several processes one downloads while the others wait.
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
     with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):

@@ -32,7 +32,8 @@ Recognizes a handwritten digit and predicts its sum with a given number from 0 t
 - Model: recipe `{recipe}`, {parameters:,} parameters.
 - Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
 - Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
-- Inference time (CPU, threads: {threads}): {one:.2f} ms for one image, {many:.0f} ms for 256.
+- Inference time (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
+  {milliseconds[1]:.0f} ms for 256.
 - Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
 
 ```python
@@ -49,25 +50,23 @@ def parse_args(argv):
     flag = parser.add_argument
     flag("run", help="run directory or checkpoint")
     flag("image", nargs="*", help="image of a digit, in any format that Pillow reads; - for stdin")
-    text = "addend, 0 to 9 (default: %(default)s)"
-    flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
+    flag("--add", type=int, choices=range(10), default=0, metavar="N", help="addend, 0 to 9")
     flag("--json", action="store_true", help="print a JSON list with one object per image")
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
     flag("--export", type=Path, metavar="FILE.pt2", help="export the network, with a model card")
     args = parser.parse_args(argv)
     if not args.image and not args.export:
         parser.error("nothing to do: give an image or --export")
-    if args.save_picture and args.save_picture.suffix != ".png":
-        parser.error(f"{args.save_picture} does not end in .png")
-    if args.export and args.export.suffix != ".pt2":
-        parser.error(f"{args.export} does not end in .pt2")
+    for path, suffix in ((args.save_picture, ".png"), (args.export, ".pt2")):
+        if path and path.suffix != suffix:
+            parser.error(f"{path} does not end in {suffix}")
     if args.save_picture and len(args.image) > MAX_PLOTTED:
         parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")
     return args
 
 
 @exit_status
-def main(argv=None):
+def main(argv):
     """Run the command line; the status is 1 if an image could not be read."""
     args = parse_args(argv)
     model, checkpoint = load_model(args.run)
@@ -159,11 +158,10 @@ def make_record(file, prepared, digits, sums, addend):
 
 
 def as_line(record):
-    """A record as text."""
     digit, total = record["digit"], record["sum"]
+    sure, sum_sure = (100 * record[f"{head}_probability"] for head in ("digit", "sum"))
     return (
-        f"digit {digit} ({100 * record['digit_probability']:.1f} %)  "
-        f"{digit} + {record['addend']} = {total} ({100 * record['sum_probability']:.1f} %)"
+        f"digit {digit} ({sure:.1f} %)  {digit} + {record['addend']} = {total} ({sum_sure:.1f} %)"
     )
 
 
@@ -182,21 +180,18 @@ def as_pt2(predictor):
 
 def model_card(name, predictor, checkpoint):
     """The model card of an exported network, in Markdown."""
+    milliseconds = []
+    for batch_size in (1, 256):
+        inputs = torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
+        times = timeit.repeat(lambda inputs=inputs: predictor(*inputs), number=1, repeat=12)
+        milliseconds.append(1000 * statistics.median(times[2:]))  # the first two are warm-up
     return MODEL_CARD.format(
         name=name,
         data=training_caveat(checkpoint["flags"]) or "MNIST",
-        one=milliseconds(predictor, 1),
-        many=milliseconds(predictor, 256),
+        milliseconds=milliseconds,
         **checkpoint["history"][-1],
         **checkpoint["info"] | {"threads": torch.get_num_threads()},
     )
-
-
-def milliseconds(predictor, batch_size):
-    """Median time of a prediction on the CPU."""
-    inputs = torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
-    times = timeit.repeat(lambda: predictor(*inputs), number=1, repeat=12)
-    return 1000 * statistics.median(times[2:])  # the first two are warm-up
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from support.constants import MEAN, STD
 from support.errors import UserError
 from support.rundir import load_checkpoint, restore
 
-DRY_RUN_EPOCHS = 2  # at most
-
 
 def constant(step, total_steps):
     """The same learning rate at every step."""
@@ -68,12 +66,8 @@ class Recipe:
 OURS = {"optimizer_options": {"betas": (0.9, 0.99)}, "weight_decay": 0.01, "label_smoothing": 0.1}
 AUGMENTED = {"affine": Affine(degrees=10, translate=0.1, scale=0.1, shear=10), "clean_epochs": 1}
 PUBLISHED = {"mean": 0.0, "std": 1.0, "schedule": constant}
-SHARED_TRUNK = PUBLISHED | {
-    "optimizer": "SGD",
-    "optimizer_options": {"momentum": 0.9},
-    "addends": "once",
-    "val_size": 10_000,
-}
+SHARED_TRUNK = PUBLISHED | {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}
+SHARED_TRUNK |= {"addends": "once", "val_size": 10_000}
 
 # fmt: off
 RECIPES = {
@@ -92,7 +86,7 @@ RECIPES = {
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
         optimizer="SGD", optimizer_options={"momentum": 0.7}, **PUBLISHED),
     "shared-trunk": Recipe(
-        "published: embedded number and 192 features into one trunk for both heads (98.97 / 55.07)",
+        "published: embedded number and features into one trunk for both heads (98.97 / 55.07)",
         published.two_conv, published.SharedTrunk, 100, 32, 0.01, **SHARED_TRUNK),
     "shared-trunk-slow": Recipe(
         "published: shared-trunk with a tenth of the learning rate (98.35 / 38.97)",
@@ -114,15 +108,14 @@ def recipe_from_args(args):
     given = {k: v for k, v in vars(args).items() if k in columns and v is not None}
     recipe = dataclasses.replace(RECIPES[args.recipe], **given)
     if args.dry_run:
-        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, DRY_RUN_EPOCHS))
+        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, 2))
     return recipe
 
 
 def load_model(path):
     """Load the trained model of a run directory or a checkpoint, on the CPU, in evaluation mode.
 
-    Returns it and the checkpoint, a dict. Raises UserError if the file is not a checkpoint, or if
-    the table has a different network under the name of its recipe.
+    Also returns the checkpoint, a dict. Raises UserError if the recipe has a different network now.
     """
     checkpoint = load_checkpoint(path)
     name, saved = checkpoint["flags"].get("recipe"), checkpoint["recipe"]

@@ -6,9 +6,7 @@ python train.py --epochs 20 --device cuda    # on a GPU; falls back to the CPU
 python train.py --resume                     # continue the latest unfinished run
 
 On several GPUs: torchrun --standalone --nproc-per-node 2 train.py
-
-A run prints a line per epoch and the test accuracies at the end, and leaves its checkpoints,
-metrics and plots in a new directory below runs/.
+Checkpoints, metrics and plots are written to a new directory below runs/.
 """
 
 import sys
@@ -87,10 +85,7 @@ def smooth_labels(loss, log_probs, batch_size, smoothing):
 
 @torch.no_grad()
 def evaluate(model, dataset, autocast, stop=NEVER):
-    """Predict each image with each of the ten addends; an image is encoded once.
-
-    Returns Predictions for all images, on every process.
-    """
+    """Predict all images, each with each of the ten addends. An image is encoded once."""
     model.eval()
     count, device = len(dataset), dataset.device
     addends = torch.eye(NUM_DIGITS, device=device)

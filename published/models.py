@@ -84,10 +84,7 @@ class ConcatLinear(ConcatMLP):
 
 
 class SharedTrunk(nn.Module):
-    """Features and embedded addend, concatenated -> FC 120 -> 60 -> 45 -> digit and sum.
-
-    The digit output sees the addend too, so an image has a digit prediction for each addend.
-    """
+    """Features and embedded addend, concatenated -> FC 120 -> 60 -> 45 -> both outputs."""
 
     def __init__(self, num_features):
         super().__init__()

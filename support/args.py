@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import textwrap
 
 from support.console import warn
 from support.errors import UserError
@@ -18,8 +17,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations that raises UserError with a one-line message."""
 
     def __init__(self, **options):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help", status=2)
@@ -48,7 +47,6 @@ def train_parser(manual, recipes):
     """The parser of train.py. Flags that replace a column of the recipe default to None."""
     width = max(map(len, recipes))
     rows = [f"  {name:<{width}}  {recipe.description}" for name, recipe in recipes.items()]
-    rows = [textwrap.fill(row, 100, subsequent_indent=" " * (width + 4)) for row in rows]
     parser = Parser(prog="train.py", description=manual, epilog="\n".join(["recipes:", *rows]))
     count, rate, decay = number(int, 1, 100_000), number(float, 1e-9, 100), number(float, 0, 10)
     val_size, seed = number(int, 0, 59_999), number(int, 0, 2**32 - 1)
@@ -111,13 +109,12 @@ def parse_train_args(argv, manual, recipes, saved=None):
 def check_changes(checkpoint, flags, recipe):
     """Report what differs from the resumed run; returns the changed flags for a command line.
 
-    `flags` and `recipe` are dicts of plain types, as in the checkpoint. Raises UserError if the
-    change would make it a different experiment.
+    Raises UserError if the change would make it a different experiment.
     """
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     if current["epochs"] < (done := len(checkpoint["history"])):
         raise UserError(f"--epochs {current['epochs']} is less than the {done} trained already", 2)
-    warnings, changed_flags = [], []
+    changed_flags = []
     for name, value in current.items():
         if name == "description" or name in saved and saved[name] == value:
             continue
@@ -129,9 +126,7 @@ def check_changes(checkpoint, flags, recipe):
             change += "; the schedule continues on the new length"
         if name == "data_dir" and current["dataset"] == "synthetic":
             change += "; the run stays on synthetic digits, NOT MNIST"
-        warnings.append(f"warning: {change}")
+        warn(f"warning: {change}")
         if name in flags:
             changed_flags += [label] if value is True else [label, str(value)]
-    for warning in warnings:  # only once everything is allowed
-        warn(warning)
     return changed_flags

@@ -31,10 +31,7 @@ def progress_bar(total, title, quiet):
 
 
 def exit_status(main):
-    """Decorate `main(argv)`: an exception becomes one line on stderr and an exit status.
-
-    2 is wrong usage, 130 Ctrl-C, 1 any other failure.
-    """
+    """Decorate `main(argv)`: an exception becomes one line on stderr and status 1, 2 or 130."""
 
     @functools.wraps(main)
     def wrapper(argv=None):

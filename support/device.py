@@ -58,9 +58,7 @@ def try_device(name):
 
 def pick_precision(wish, device):
     """Resolve "auto" to "bf16" where the device has fast bf16, else "fp32"; equal on all ranks."""
-    precision = wish
-    if wish == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    precision = wish if wish != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
     message = "only some of the processes have fast bf16; pass --precision fp32"
     distributed.require_equal(precision, message)
     return precision

@@ -9,8 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import UserError
 
-TIMEOUT = timedelta(minutes=10)
-
 _gpu_group = None  # the NCCL group for tensors on GPUs; without it the default group, Gloo
 _setting_up = True  # whether all ranks still make the same calls of `all_gather`
 
@@ -28,7 +26,7 @@ def init_process_group():
     global _setting_up, _gpu_group
     _setting_up, _gpu_group = True, None
     if world_size() > 1:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
 
 
 def all_gather(value, error=""):
@@ -51,14 +49,11 @@ def require_equal(value, message):
 
 
 def share_error(message):
-    """The message to print for an error of this rank, and whether rank 0 prints it for all.
-
-    During setup the other ranks wait in the next `all_gather`: pass it there, so that all end.
-    """
+    """The message to print for an error of this rank, and whether rank 0 prints it for all."""
     if not dist.is_initialized():
         return message, True
     if _setting_up:
-        try:
+        try:  # the other ranks wait in the next `all_gather`: end them too
             all_gather(None, message)
         except UserError as error:
             return str(error), True

@@ -14,10 +14,7 @@ CAN_LOCK = fcntl is not None
 
 @contextmanager
 def lock_directory(path, wait):
-    """Hold an exclusive lock on a directory; if it is held, wait or raise UserError.
-
-    It leaves no file behind, and the system frees it when the process ends.
-    """
+    """Hold a lock on a directory, without a lock file; if it is held, wait or raise UserError."""
     if not CAN_LOCK:
         yield
         return

@@ -1,10 +1,8 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`read_picture` opens a file. `prepare` separates ink from paper and normalizes the digit as in
-MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the maximum to 255, shift the
-center of mass to index 14. MNIST's own digits change by at most one gray level.
-
-    prepare(read_picture("seven.jpg")).pixels  # uint8 (28, 28), light on dark
+`prepare` separates ink from paper and normalizes the digit as in MNIST: crop, pad to a square,
+shrink to 20x20 by area averaging, scale the maximum to 255, shift the center of mass to index 14.
+MNIST's own digits change by at most one gray level.
 """
 
 import math
@@ -39,42 +37,8 @@ class Prepared(NamedTuple):
     warnings: tuple[str, ...] = ()  # a subset of NO_INK, SEVERAL, CUT
 
 
-class Box(NamedTuple):
-    """A range of rows and columns; bottom and right are exclusive."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    @classmethod
-    def around(cls, mask):
-        """The bounding box of the nonzero elements."""
-        rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-        return cls(rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
-
-    @property
-    def side(self):
-        """The longer side."""
-        return max(self.bottom - self.top, self.right - self.left)
-
-    def gaps(self, other):
-        """Horizontal and vertical distance to another box; negative where they overlap."""
-        horizontal = max(self.left, other.left) - min(self.right, other.right)
-        vertical = max(self.top, other.top) - min(self.bottom, other.bottom)
-        return horizontal, vertical
-
-    def touches_edge(self, shape):
-        """Whether the box reaches the edge of an image of this shape."""
-        return 0 in (self.top, self.left) or self.bottom == shape[0] or self.right == shape[1]
-
-
 def read_picture(file):
-    """Open an image file, given as a path or a binary stream.
-
-    Raises:
-        UserError: it is missing, damaged, animated, too large, too small or not an image.
-    """
+    """Open an image file, a path or a binary stream. Raises UserError if it can't be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -103,10 +67,11 @@ def prepare(image):
     digit, found = select_digit(ink, threshold, noiseless)
     if not digit.any():
         return Prepared(np.zeros((SIDE, SIDE), np.uint8), (NO_INK,))
-    top, bottom, left, right = box = Box.around(digit)
-    if box.side < SMALL * max(ink.shape) and factor > 1:
-        area = (np.array([left, top, right, bottom]) + box.side * np.array([-1, -1, 1, 1])) * factor
-        closer = prepare(image.crop(area.clip(0, [*image.size, *image.size]).tolist()))
+    (top, left), (bottom, right) = box = bounding_box(digit)
+    side = longer_side(box)
+    if side < SMALL * max(ink.shape) and factor > 1:
+        area = (box[:, ::-1] + [[-side], [side]]) * factor  # [[left, upper], [right, lower]]
+        closer = prepare(image.crop(area.clip(0, image.size).flatten().tolist()))
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     if not noiseless:  # strokes have soft edges and uneven ink
         digit = np.minimum(digit, FULL * np.quantile(digit[digit > 0], 0.9))
@@ -127,13 +92,10 @@ def upright(image):
 
 
 def find_ink(rgb):
-    """Separate ink from paper.
+    """Separate ink, float (H, W), from paper. Also returns its threshold and whether noiseless.
 
-    Ink is what differs from paper along one direction in color space. Differences are measured in
-    standard deviations of the paper, so that colored ink is found on paper of the same brightness;
-    an image whose border has a single color counts as noiseless, and its differences are kept.
-
-    Returns the ink's strength, float (H, W), the threshold below which it is paper, and noiseless.
+    Ink differs from paper along one direction in color space, measured in the paper's standard
+    deviations. An image is noiseless if its border has a single color; then they are not used.
     """
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     background = np.median(border, axis=0)
@@ -173,11 +135,7 @@ def whitened_difference(rgb):
 
 
 def fit_paper(rgb):
-    """Estimate the paper's color under the ink, float (H, W, 3).
-
-    Fits a quadratic surface to each channel of a reduced image, with least absolute deviations
-    (by iteratively reweighted least squares), on which the small area of ink has little influence.
-    """
+    """Fit a quadratic surface to the paper's color, float (H, W, 3), as if there were no ink."""
     height, width, _ = rgb.shape
     scale = min(1, GRID / max(height, width))
     rows, columns = (max(3, round(side * scale)) for side in (height, width))
@@ -190,7 +148,7 @@ def fit_paper(rgb):
         return np.einsum("yi,xj->yxij", y, x).reshape(-1, 9)
 
     basis, weight = polynomials(rows, columns), np.ones(len(reduced))
-    for _ in range(20):
+    for _ in range(20):  # reweighted least squares: least absolute deviations, to ignore ink
         weighted = basis.T * weight
         fit = np.linalg.lstsq(weighted @ basis, weighted @ reduced, rcond=None)[0]
         weight = 1 / np.maximum(np.linalg.norm(reduced - basis @ fit, axis=1), 0.5)
@@ -202,29 +160,44 @@ def select_digit(ink, threshold, noiseless):
     mask = ink > threshold
     if not mask.any():
         return np.zeros_like(ink), ()
-    box = Box.around(ink)
-    if noiseless and box.side == DIGIT_SIDE:  # an image from MNIST: keep its faintest grays
-        cut = ink.shape != (SIDE, SIDE) and box.touches_edge(ink.shape)
+    box = bounding_box(ink)
+    if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
+        cut = ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape)
         return ink, (CUT,) if cut else ()
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper
-    boxes = {i: Box.around(labels == i) for i in np.flatnonzero(mass > SPECK * mass.max())}
+    boxes = {i: bounding_box(labels == i) for i in np.flatnonzero(mass > SPECK * mass.max())}
     # A component at the edge is less likely the digit than the table or a neighboring digit.
-    main = max(boxes, key=lambda i: mass[i] * (0.2 if boxes[i].touches_edge(ink.shape) else 1))
+    main = max(boxes, key=lambda i: mass[i] * (0.2 if touches_edge(boxes[i], ink.shape) else 1))
     main_box, kept, found = boxes.pop(main), [main], []
+    main_side = longer_side(main_box)
     for i, box in boxes.items():
-        horizontal, vertical = main_box.gaps(box)
-        large = box.side > main_box.side / 2 and mass[i] > mass[main] / 10
-        beside = horizontal >= 0 and box.bottom - box.top > main_box.side / 2
-        if large and (beside or max(horizontal, vertical) > main_box.side / 5):
+        gaps = np.maximum(main_box[0], box[0]) - np.minimum(main_box[1], box[1])  # (y, x)
+        large = longer_side(box) > main_side / 2 and mass[i] > mass[main] / 10
+        beside = gaps[1] >= 0 and box[1, 0] - box[0, 0] > main_side / 2
+        if large and (beside or gaps.max() > main_side / 5):
             found.append(SEVERAL)
-        elif max(horizontal, vertical) <= main_box.side / 4:  # a detached part of the same digit
+        elif gaps.max() <= main_side / 4:  # a detached part of the same digit
             kept.append(i)
     digit = np.where(np.isin(labels, kept), ink, 0)
-    if Box.around(digit).touches_edge(ink.shape):
+    if touches_edge(bounding_box(digit), ink.shape):
         found.append(CUT)
     return digit, tuple(dict.fromkeys(found))
+
+
+def bounding_box(mask):
+    """The box around the nonzero elements: [[top, left], [bottom, right]], the latter exclusive."""
+    indices = np.argwhere(mask)
+    return np.array([indices.min(axis=0), indices.max(axis=0) + 1])
+
+
+def longer_side(box):
+    return np.ptp(box, axis=0).max()
+
+
+def touches_edge(box, shape):
+    return (box[0] == 0).any() or (box[1] == shape).any()
 
 
 def connected_components(mask):

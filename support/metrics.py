@@ -8,7 +8,7 @@ import torch
 from support.constants import NUM_DIGITS, NUM_SUMS
 from support.errors import UserError
 
-CURVE_POINTS = 20  # points of the training loss curve per epoch
+CURVE_POINTS = 20  # of the training loss, per epoch
 DIVERGED = "the loss became NaN or infinite {}; try a smaller --lr"
 
 
@@ -124,9 +124,9 @@ def epoch_line(row, epochs):
 
 def run_title(info, row):
     """A line on a run for its plots: recipe, seed, epoch, accuracies, and a warning if any."""
+    digit, total = (100 * row[f"test_{head}_accuracy"] for head in ("digit", "sum"))
     text = f"{info['recipe']}, seed {info['seed']}, epoch {row['epoch']} of {info['epochs']}: "
-    text += f"{100 * row['test_digit_accuracy']:.2f} % digit, "
-    text += f"{100 * row['test_sum_accuracy']:.2f} % sum"
+    text += f"{digit:.2f} % digit, {total:.2f} % sum"
     return f"{text} ({info['note']})" if info["note"] else text
 
 

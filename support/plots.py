@@ -27,11 +27,10 @@ def as_png(figure):
 
 
 def run_figures(history, curve, predictions, images, addends, disputed, title, label_smoothing):
-    """All plots of a run: a dict from file names to figures.
+    """All plots of a run, by file name. Tensors are on the CPU.
 
-    history, curve, title, label_smoothing: as for loss_figure; predictions: of the N test images;
-    images: uint8 (N, 28, 28); addends: int64 (N,), the one to show with each image;
-    disputed: the indices of test images with a disputed label, a set. All tensors are on the CPU.
+    predictions: of the N test images; images: uint8 (N, 28, 28); addends: int64 (N,), the one to
+    show with each image; disputed: the set of indices of images with a disputed label.
     """
     return {
         "loss.png": loss_figure(curve, history, title, label_smoothing),
@@ -66,10 +65,9 @@ def loss_figure(curve, history, title, label_smoothing):
 
 
 def prediction_figure(originals, pixels, digits, sums, titles):
-    """One row per image: the original, the input of the network, the probabilities of both heads.
+    """A row per image: the original, the input of the network, the probabilities of both heads.
 
-    originals: N RGB images of PIL; pixels: N uint8 arrays (28, 28); digits: (N, 10) and sums:
-    (N, 19), probabilities; titles: N lines.
+    originals: N Pillow images; pixels: N of uint8 (28, 28); digits, sums: (N, 10), (N, 19).
     """
     figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(titles))
     rows = figure.subfigures(len(titles), 1, squeeze=False).flatten()
@@ -143,7 +141,7 @@ def _accuracy_figure(history, title):
 
 def _confusion_figure(digit_counts, sum_counts, title):
     """Confusion matrices of both heads, one row per true class; only errors are colored."""
-    note = "Digit: predicted from mean probabilities over the ten addends. Color: share of errors."
+    note = "Digit: by mean probability over the ten addends. Color: share of the row (log scale)."
     figure = new_figure("Confusion matrices of the test set", title, 7.2, note)
     left, right = figure.subplots(1, 2, width_ratios=(12, 19))
     for axes, counts, text, size in (
@@ -152,7 +150,7 @@ def _confusion_figure(digit_counts, sum_counts, title):
     ):
         shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
         shares.fill_diagonal_(0)  # on the log scale, zero has no color
-        axes.imshow(shares, cmap="Oranges", norm=LogNorm(1e-5, 1), alpha=0.7)
+        axes.imshow(shares.numpy(), cmap="Oranges", norm=LogNorm(1e-5, 1), alpha=0.7)
         axes.set(title=text, xlabel="predicted", ylabel="true", anchor="N")
         axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
         # Clipped texts are left out of the layout, which need not measure hundreds of them.

@@ -144,8 +144,7 @@ def checkpoint_to_resume(args):
         if path.name != LAST and not args.eval_only:
             raise UserError(f"only {LAST} can be resumed; name its directory or use --eval-only", 2)
         return path
-    paths = RUNS.glob(f"*/{LAST}")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
         except UserError as error:
@@ -154,15 +153,11 @@ def checkpoint_to_resume(args):
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
         if (args.eval_only or left > 0) and not checkpoint["flags"]["dry_run"]:
             return path
-    kind = "run" if args.eval_only else "unfinished run"
-    raise UserError(f"no {kind} in {RUNS}; name a run directory")
+    raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; name a directory")
 
 
 def load_checkpoint(path):
-    """Load a checkpoint, or that of a run directory, on the CPU. Nothing in it is executed.
-
-    Raises UserError if it cannot be read, is damaged, or is of another version.
-    """
+    """Load a checkpoint, or that of a run directory, on the CPU; UserError if it is not usable."""
     path = find_checkpoint(path)
     try:
         content = path.read_bytes()

@@ -181,6 +181,7 @@ def test_a_full_disk(workdir, seed):
     number = 1 if name in ("loss.png", "results.json") else 1 + seed // 6
     status, _, err = Job(*RUN, prepare=functools.partial(fill_disk, name, number)).end()
     assert status == 1 and one_line(err) and name in err, err
+    assert Path("run").exists() == err.endswith("; resume with: python train.py --resume run\n")
     assert_continues()
 
 

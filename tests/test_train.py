@@ -25,7 +25,6 @@ from recipes import RECIPES, load_model
 from support import device, plots, rundir
 from support.augment import Affine
 from support.console import exit_status
-from support.files import CAN_LOCK, lock_directory
 from support.synthetic import synthetic_mnist
 
 FAST = ["--recipe", "fast", "--batch-size", 100, "--device", "cpu"]
@@ -166,13 +165,6 @@ def test_a_dry_run_is_short_and_marked(job):
     assert "DRY RUN" in results["note"] and results["epochs"] == 2
 
 
-def test_a_run_never_overwrites_another(job):
-    for _ in range(3):
-        assert job(*FAST, "--dry-run")[0] == 0
-    names = {"fast-dry-run", "fast-dry-run-2", "fast-dry-run-3"}
-    assert {path.name for path in Path("runs").iterdir()} == names
-
-
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "args.json", "loss.png"])
 def test_a_directory_with_any_file_of_a_run_is_refused(job, name):
     Path("run").mkdir()
@@ -186,14 +178,6 @@ def test_a_directory_of_a_run_killed_before_its_first_checkpoint_is_used_again(j
     Path("run").mkdir()
     Path("run/.best.pt.tmp").write_text("part of a file")
     assert job(*FAST, "--output-dir", "run")[0] == 0 and not Path("run/.best.pt.tmp").exists()
-
-
-@pytest.mark.skipif(not CAN_LOCK, reason="this system cannot lock directories")
-def test_a_directory_in_use_is_refused(job):
-    Path("run").mkdir()
-    with lock_directory("run", wait=False):
-        status, out, err = job(*FAST, "--output-dir", "run")
-    assert (status, out) == (1, "") and one_line(err) and "another process" in err
 
 
 def test_a_run_that_started_earlier_in_the_same_directory_is_kept(job, monkeypatch):
@@ -243,17 +227,6 @@ def test_wrong_usage_is_one_line_and_status_2(job, flags):
     status, out, err = job(*flags.split())
     assert (status, out) == (2, "") and one_line(err), err
     assert os.listdir() == ["data"]
-
-
-def test_a_batch_of_one_works_without_batch_norm(job, toy_recipe):
-    assert job("--recipe", "toy", "--dry-run", "--batch-size", 1)[0] == 0
-
-
-@pytest.mark.parametrize("place", ["/dev/full", "file"])
-def test_an_impossible_output_directory_is_one_line(job, place):
-    Path("file").touch()
-    status, _, err = job(*FAST, "--output-dir", f"{place}/sub")
-    assert status == 1 and one_line(err), err
 
 
 # Resume
@@ -361,19 +334,6 @@ def test_the_printed_command_continues_an_interrupted_extension(job, monkeypatch
     assert command[:3] == ["resume", "python", "train.py"] and job(*command[3:])[0] == 0
     results, args = read_json("runs/fast"), read_json("runs/fast", "args.json")
     assert results["epochs"] == 3 and args["recipe"]["lr"] == 0.001
-
-
-def test_the_printed_command_continues_after_a_failed_write(job, monkeypatch):
-    def fail(self, name, content):
-        write(self, f"{name}/none" if name == "last.pt" and self.has(name) else name, content)
-
-    write = rundir.RunDir.write
-    with monkeypatch.context() as patch:
-        patch.setattr(rundir.RunDir, "write", fail)
-        status, _, err = job(*FAST, "--epochs", 2)
-    assert status == 1 and one_line(err)
-    command = err.split("; resume with: python train.py ")[1]
-    assert job(*shlex.split(command))[0] == 0 and len(rows("runs/fast")) == 2
 
 
 # Ctrl-C
