@@ -1,6 +1,6 @@
 """MNIST with a random addend for each image: items (image, digit, one-hot addend, sum).
 
-All randomness is a function of (seed, split, epoch, index), drawn on the CPU from private
+All randomness is a function of (seed, split, epoch, index), drawn on the CPU from separate
 generators: addends, order and augmentation do not depend on the batch size, the device or the
 number of processes, and a resumed run needs no saved generator state.
 """
@@ -62,15 +62,15 @@ class MNISTSum(Dataset):
         self.indices = torch.arange(self.population) if indices is None else indices
         self.images = mnist.data[self.indices].to(device)  # (n, 28, 28)
         self.digits = mnist.targets[self.indices].to(device)  # (n,)
-        self.split, self.seed, self.redraw = split, seed, addends == "each-epoch"
+        self.split, self.seed, self.redraw_addends = split, seed, addends == "each-epoch"
         self.affine, self.mean, self.std, self.device = affine, mean, std, torch.device(device)
         self.set_epoch(1)
 
     def set_epoch(self, epoch, augment=True):
-        """Draw the addends and, unless `augment` is false, the augmentation of an epoch, from 1."""
+        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1."""
         self.epoch = epoch
-        # Drawn for all of MNIST, so that an image's addend does not depend on the split.
-        draw = generator(self.seed, self.split, epoch if self.redraw else "once", "addends")
+        # Drawn for all images, not only for `indices`: so --val-size does not change the draws.
+        draw = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
         addends = torch.randint(NUM_DIGITS, (self.population,), generator=draw)
         self.addends = addends[self.indices].to(self.device)  # (n,)
         self.matrices = None
@@ -85,10 +85,10 @@ class MNISTSum(Dataset):
         return torch.randperm(len(self), generator=draw).to(self.device)
 
     def batches(self, batch_size, drop_last=False, rank=0, world_size=1):
-        """Yield for each batch its size and the items that `rank` trains on, perhaps none."""
+        """Yield for each batch its size and this rank's share of it, which may be empty."""
         for indices in self.order().split(batch_size):
             if len(indices) == batch_size or not drop_last:
-                yield len(indices), self.__getitems__(indices[rank::world_size])
+                yield len(indices), self.batch(indices[rank::world_size])
 
     def num_batches(self, batch_size, drop_last=False):
         """Number of batches in an epoch."""
@@ -105,12 +105,10 @@ class MNISTSum(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return tuple(part[0] for part in self.__getitems__(torch.tensor([index])))
+        return tuple(part[0] for part in self.batch(torch.tensor([index])))
 
-    def __getitems__(self, indices):
-        """Four tensors for a tensor of indices; a list of items for a list, as DataLoader asks."""
-        if isinstance(indices, list):
-            return list(zip(*self.__getitems__(torch.tensor(indices)), strict=True))
+    def batch(self, indices):
+        """The items at int64 (B,) `indices`, stacked: images, digits, one-hot addends, sums."""
         indices = indices.to(self.device)
         image = self.normalized(indices, self.matrices)
         digit, addend = self.digits[indices], self.addends[indices]

@@ -122,7 +122,7 @@ class OuterProduct(nn.Module):
     """The outer product of digit probabilities and one-hot addend, 10 x 10, then FC 19.
 
     P(sum = s) = P(digit = s - addend) is linear in these 100 products, so one linear layer can
-    represent it exactly, for uncertain digits too. A linear layer on the 10 + 10 inputs cannot.
+    represent it exactly. A linear layer on the 10 + 10 inputs, which sees no products, cannot.
     """
 
     def __init__(self, num_features):
@@ -133,5 +133,5 @@ class OuterProduct(nn.Module):
     def forward(self, features, addend):
         digit_logits = self.digit(features)  # (B, 10)
         products = F.softmax(digit_logits, dim=1).unsqueeze(2) * addend.unsqueeze(1)  # (B, 10, 10)
-        # A weight gets a gradient from one image in a hundred, so the layer learns 10 x as fast.
+        # For an image about one of the 100 products is large: each weight learns from few images.
         return digit_logits, 10 * self.sum(products.flatten(1))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from recipes import load_model
 from support.args import Parser
-from support.console import UserError, exit_status, log, warn
+from support.console import exit_status, log, warn
 from support.constants import NUM_DIGITS, SIDE
+from support.errors import UserError
 from support.files import write_atomic
 from support.handwriting import prepare, read_picture, upright
 
@@ -50,7 +51,7 @@ def parse_args(argv):
     flag = parser.add_argument
     flag("run", help="run directory or checkpoint")
     flag("image", nargs="*", help="image of a digit, in any format that Pillow reads; - for stdin")
-    flag("--add", type=int, choices=range(10), default=0, metavar="N", help="addend, 0 to 9")
+    flag("--add", type=int, choices=range(10), default=0, metavar="N", help="0 to 9 (default: 0)")
     flag("--json", action="store_true", help="print a JSON list with one object per image")
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
     flag("--export", type=Path, metavar="FILE.pt2", help="export the network, with a model card")
@@ -136,7 +137,7 @@ class Predictor(torch.nn.Module):
 
 
 def unsmoothed(probabilities, label_smoothing):
-    """Undo label smoothing: trained with smoothing e, (1 - e) p + e / C is predicted for p."""
+    """Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p."""
     p = (probabilities - label_smoothing / probabilities.shape[-1]).clamp(min=0)
     return p / p.sum(dim=-1, keepdim=True)
 
@@ -158,11 +159,9 @@ def make_record(file, prepared, digits, sums, addend):
 
 
 def as_line(record):
-    digit, total = record["digit"], record["sum"]
-    sure, sum_sure = (100 * record[f"{head}_probability"] for head in ("digit", "sum"))
-    return (
-        f"digit {digit} ({sure:.1f} %)  {digit} + {record['addend']} = {total} ({sum_sure:.1f} %)"
-    )
+    percent, sum_percent = (100 * record[f"{name}_probability"] for name in ("digit", "sum"))
+    text = "digit {digit} ({percent:.1f} %)  {digit} + {addend} = {sum} ({sum_percent:.1f} %)"
+    return text.format(percent=percent, sum_percent=sum_percent, **record)
 
 
 def as_pt2(predictor):

@@ -1,4 +1,4 @@
-"""The recipes: a table with one row for each way to train, and everything that differs in it."""
+"""Training recipes: a table with a network and its hyperparameters in each row."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ class Recipe:
     optimizer_options: Mapping = field(default_factory=dict)
     weight_decay: float = 0.0
     schedule: Callable[[int, int], float] = one_cycle  # (step, total steps) -> factor of lr
-    loss_weight: float = 1.0  # of each head's loss: 1 adds the two losses, 0.5 averages them
+    loss_weight: float = 1.0  # of both losses: 1 adds the two losses, 0.5 averages them
     label_smoothing: float = 0.0
     affine: Affine | None = None  # augmentation of the training images
     clean_epochs: int = 0  # number of epochs at the end without augmentation
@@ -82,21 +82,21 @@ RECIPES = {
         "fewer than 8,000 parameters: depthwise separable convolutions",
         tiny, OuterProduct, 20, 256, 0.02, **OURS, **AUGMENTED),
     "concat-mlp": Recipe(
-        "published: digit logits and one-hot number into FC 128 (98.96 / 98.83)",
+        "published: digit logits and one-hot number into FC 128",
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
         optimizer="SGD", optimizer_options={"momentum": 0.7}, **PUBLISHED),
     "shared-trunk": Recipe(
-        "published: embedded number and features into one trunk for both heads (98.97 / 55.07)",
+        "published: embedded number and features into one trunk for both heads",
         published.two_conv, published.SharedTrunk, 100, 32, 0.01, **SHARED_TRUNK),
     "shared-trunk-slow": Recipe(
-        "published: shared-trunk with a tenth of the learning rate (98.35 / 38.97)",
+        "published: shared-trunk with a tenth of the learning rate",
         published.two_conv, published.SharedTrunk, 100, 32, 0.001, **SHARED_TRUNK),
     "concat-linear": Recipe(
-        "published: digit logits and one-hot number into one linear layer (mean 88.19)",
+        "published: digit logits and one-hot number into one linear layer",
         published.six_conv, published.ConcatLinear, 25, 64, 0.001, loss_weight=0.5,
         optimizer="Adam", **PUBLISHED),
     "added": Recipe(
-        "published: embedded number added to 60 features (98.13 on training images)",
+        "published: embedded number added to 60 features",
         published.two_conv_fc, published.Added, 12, 16, 0.001, optimizer="Adam", **PUBLISHED),
 }
 # fmt: on

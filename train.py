@@ -33,26 +33,27 @@ DRY_RUN_BATCHES, DRY_RUN_IMAGES = 3, 200  # at most
 
 
 def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
-    """Train for one epoch, that of the dataset. Raises Stopped.
+    """Train for one epoch. Raises Stopped if a signal has requested it.
 
-    Returns float64 (steps, 5) on the CPU, see `metrics.epoch_metrics`. The values stay on the
-    device until the end of the epoch, because reading them at each step would stall it.
+    Returns a row per step, float64 (S, 5) on the CPU: digit loss, sum loss, correct digits, correct
+    sums, images. They are copied once, at the end: reading them at each step would stall a GPU.
     """
     model.train()
     rank, world_size = distributed.rank(), distributed.world_size()
-    steps = dataset.num_batches(recipe.batch_size, recipe.drop_last)
+    steps_per_epoch = dataset.num_batches(recipe.batch_size, recipe.drop_last)
+    first_step = (dataset.epoch - 1) * steps_per_epoch
     batches = dataset.batches(recipe.batch_size, recipe.drop_last, rank, world_size)
     rows, batch_sizes = [], []
-    for step, (batch_size, batch) in enumerate(batches, start=(dataset.epoch - 1) * steps):
+    for step, (batch_size, batch) in enumerate(batches, start=first_step):
         stop.check()
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * recipe.schedule(step, recipe.epochs * steps)
+            group["lr"] = recipe.lr * recipe.schedule(step, recipe.epochs * steps_per_epoch)
 
         image, digit, addend, total = batch  # (B, 1, 28, 28), (B,), (B, 10), (B,)
         with autocast():
             digit_log_probs, sum_log_probs = model(image, addend)  # (B, 10), (B, 19)
-        # A process has a part of the batch. Sums over the part, divided by the size of the whole
-        # batch, add up over the processes.
+        # Under torchrun a process has only its share of the batch. The losses of the shares, each
+        # divided by the size of the whole batch, add up to the mean loss of the batch.
         digit_loss = F.nll_loss(digit_log_probs, digit, reduction="sum") / batch_size
         sum_loss = F.nll_loss(sum_log_probs, total, reduction="sum") / batch_size
         loss = recipe.loss_weight * (
@@ -60,21 +61,21 @@ def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
             + smooth_labels(sum_loss, sum_log_probs, batch_size, recipe.label_smoothing)
         )
         optimizer.zero_grad()
-        (world_size * loss).backward()  # gradients are averaged over the processes
+        (world_size * loss).backward()  # DDP averages the gradients, which should be summed
         optimizer.step()
 
         correct_digits = (digit_log_probs.argmax(dim=1) == digit).sum()
         correct_sums = (sum_log_probs.argmax(dim=1) == total).sum()
         row = torch.stack([digit_loss, sum_loss, correct_digits, correct_sums]).detach()
         rows.append(row)
-        batch_sizes.append([batch_size])
+        batch_sizes.append(batch_size)
         progress.update()
         if (step + 1) % PROGRESS_STEPS == 0 and not progress.disable:
             losses = world_size * row[:2]
             progress.set_postfix(digit=f"{losses[0]:.3f}", sum=f"{losses[1]:.3f}")
     distributed.broadcast_buffers(model)
-    rows = distributed.all_reduce_sum(torch.stack(rows)).cpu().double()
-    return torch.cat([rows, torch.tensor(batch_sizes)], dim=1)
+    results = distributed.all_reduce_sum(torch.stack(rows)).cpu().double()  # (S, 4)
+    return torch.cat([results, torch.tensor(batch_sizes)[:, None]], dim=1)
 
 
 def smooth_labels(loss, log_probs, batch_size, smoothing):
@@ -85,28 +86,28 @@ def smooth_labels(loss, log_probs, batch_size, smoothing):
 
 @torch.no_grad()
 def evaluate(model, dataset, autocast, stop=NEVER):
-    """Predict all images, each with each of the ten addends. An image is encoded once."""
+    """Predict each image with all ten addends, on every process; each image is encoded once."""
     model.eval()
     count, device = len(dataset), dataset.device
     addends = torch.eye(NUM_DIGITS, device=device)
     digit_log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS, device=device)
     sum_log_probs = torch.zeros(count, NUM_DIGITS, NUM_SUMS, device=device)
-    part = torch.arange(distributed.rank(), count, distributed.world_size(), device=device)
-    for indices in part.split(EVAL_BATCH):
+    share = torch.arange(distributed.rank(), count, distributed.world_size(), device=device)
+    for indices in share.split(EVAL_BATCH):
         stop.check()
         with autocast():
             features = model.encode(dataset.normalized(indices))  # (B, F)
         features = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
-        digit, total = model.classify(features, addends.repeat(len(indices), 1))
-        digit_log_probs[indices] = digit.view(-1, NUM_DIGITS, NUM_DIGITS)
-        sum_log_probs[indices] = total.view(-1, NUM_DIGITS, NUM_SUMS)
-    parts = map(distributed.all_reduce_sum, (digit_log_probs, sum_log_probs))
-    return metrics.Predictions(*(tensor.cpu() for tensor in parts), dataset.digits.cpu())
+        outputs = model.classify(features, addends.repeat(len(indices), 1))
+        digit_log_probs[indices] = outputs[0].view(-1, NUM_DIGITS, NUM_DIGITS)
+        sum_log_probs[indices] = outputs[1].view(-1, NUM_DIGITS, NUM_SUMS)
+    log_probs = map(distributed.all_reduce_sum, (digit_log_probs, sum_log_probs))
+    return metrics.Predictions(*(tensor.cpu() for tensor in log_probs), dataset.digits.cpu())
 
 
 @exit_status
 def main(argv):
-    """Train as the flags say; returns the exit status."""
+    """Parse the flags, start or resume a run, train, report; returns the exit status."""
     start_time = time.perf_counter()
     args = parse_train_args(argv, __doc__, RECIPES)
     distributed.init_process_group()
@@ -144,7 +145,9 @@ def main(argv):
             log(metrics.result_line(split, test_metrics, checkpoint["info"]["note"]))
         return 0
 
-    directory = path.parent if checkpoint else rank == 0 and rundir.create_directory(args)
+    directory = path.parent if checkpoint else None
+    if not checkpoint and rank == 0:
+        directory = rundir.create_directory(args)
     directory = distributed.all_gather(directory)[0]
     run_dir = rundir.RunDir(directory, rank == 0, resume_flags)
     with run_dir.open(new=not checkpoint), stop_on_signals() as stop:
@@ -160,7 +163,7 @@ def main(argv):
         )
         if not args.quiet:
             rundir.log_header(info, reason, recipe, {"train": train_set, **held_out}, run_dir)
-        distributed.start_training(device)
+        distributed.finish_setup(device)
         parallel_model = distributed.replicate(model)
 
         predictions = {}
@@ -170,12 +173,12 @@ def main(argv):
                 clock = time.perf_counter()
                 title = f"epoch {epoch}/{recipe.epochs}"
                 with progress_bar(num_batches, title, args.quiet) as progress:
-                    steps = train_epoch(
+                    step_results = train_epoch(
                         parallel_model, optimizer, train_set, recipe, autocast, stop, progress
                     )
                 seconds = {"train": time.perf_counter() - clock}
-                train_metrics, points = metrics.epoch_metrics(steps, epoch)
-                for split, dataset in held_out.items():  # the last one is the test set
+                train_metrics, points = metrics.epoch_metrics(step_results, epoch)
+                for split, dataset in held_out.items():  # test last: if stopped, it is complete
                     clock = time.perf_counter()
                     predictions[split] = evaluate(model, dataset, autocast, stop)
                     seconds[split] = time.perf_counter() - clock
@@ -218,7 +221,7 @@ def main(argv):
         log(f"resume   {run_dir.resume_command()}")
     elif not args.quiet:
         log(f"saved    {run_dir.path}")
-    return 0 if stop.signum is None else 128 + stop.signum  # as shells expect
+    return 0 if stop.signum is None else 128 + stop.signum  # also if stopped while plotting
 
 
 def make_datasets(source, recipe, args, device):
@@ -252,10 +255,10 @@ def check_batch_size(recipe, num_images, model):
     if recipe.drop_last and num_images < recipe.batch_size:
         raise UserError(f"{size} leaves no full batch of {num_images} images", status=2)
     last = 0 if recipe.drop_last else num_images % recipe.batch_size
-    smallest = (last or recipe.batch_size) // world_size
+    smallest = (last or recipe.batch_size) // world_size  # share of a process
     batch_norm = torch.nn.modules.batchnorm._BatchNorm  # cannot normalize a single image
     if smallest < 2 and any(isinstance(layer, batch_norm) for layer in model.modules()):
-        message = f"{size} leaves {smallest} images for one of {world_size} processes in a step"
+        message = f"{size} leaves a batch with less than 2 images per process"
         raise UserError(f"{message}, too few for batch normalization", status=2)
 
 

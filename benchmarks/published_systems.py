@@ -110,7 +110,7 @@ def table():
 
 
 def curve_figure(history):
-    """Error rates of both heads of concat-mlp against the epoch, ours and the published ones.
+    """Error rates of both outputs of concat-mlp against the epoch, ours and the published ones.
 
     history: for each epoch a dict with `test_digit_accuracy` and `test_sum_accuracy` (fractions).
     """
@@ -121,7 +121,7 @@ def curve_figure(history):
     for head, text in CURVE.items():
         ours = [100 - 100 * row[f"test_{head}_accuracy"] for row in history]
         theirs = [100 - float(value) for value in text.split()]
-        color = plots.HEAD_COLORS[head]
+        color = plots.OUTPUT_COLORS[head]
         for name, errors, style in (("ours", ours, "-o"), ("published", theirs, "--s")):
             fill = color if name == "ours" else "white"
             label = f"{head}, {name}: {100 - errors[-1]:.2f} %"

@@ -84,7 +84,7 @@ class ConcatLinear(ConcatMLP):
 
 
 class SharedTrunk(nn.Module):
-    """Features and embedded addend, concatenated -> FC 120 -> 60 -> 45 -> both outputs."""
+    """Features and embedded addend -> FC 120, 60, 45 -> both outputs: the digit sees the addend."""
 
     def __init__(self, num_features):
         super().__init__()

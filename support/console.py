@@ -24,14 +24,14 @@ def warn(text, all_ranks=False):
 
 
 def progress_bar(total, title, quiet):
-    """A progress bar on stderr; hidden if it is no terminal, if `quiet`, and on other ranks."""
+    """A progress bar on stderr; hidden if that is not a terminal, if `quiet`, or if rank > 0."""
     hidden = quiet or distributed.rank() > 0 or not sys.stderr.isatty()
     # Without an explicit `disable`, tqdm obeys TQDM_DISABLE.
     return tqdm(total=total, desc=title, leave=False, **({"disable": True} if hidden else {}))
 
 
 def exit_status(main):
-    """Decorate `main(argv)`: an exception becomes one line on stderr and status 1, 2 or 130."""
+    """Decorate `main(argv)`: an expected error becomes one line on stderr and an exit status."""
 
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -44,10 +44,10 @@ def exit_status(main):
         except torch.OutOfMemoryError as error:
             return fail(error, f"{str(error).splitlines()[0]}; try a smaller --batch-size")
         except RuntimeError as error:
-            if distributed.world_size() == 1:
+            if distributed.world_size() == 1 or os.environ.get("DEBUG") == "1":
                 raise
             cause = str(error).strip().splitlines()[0]
-            return fail(error, f"another process of this run failed ({cause})")
+            return fail(error, f"another process of this run may have failed ({cause})")
         except OSError as error:
             if os.environ.get("DEBUG") == "1":
                 raise

@@ -9,15 +9,15 @@ from support.console import warn
 from support.errors import UserError
 
 
-def pick_device(wish="auto", deterministic=False):
+def pick_device(requested="auto", deterministic=False):
     """Choose the device for "auto", "cpu", "cuda", "cuda:N" or "mps"; returns it and the reason.
 
     If it does not work, the CPU is used with a warning. Under torchrun each process has its own
     GPU, or all use the CPU if no machine has a GPU; else UserError.
     """
     several = distributed.world_size() > 1
-    name, reason = wish, "as requested"
-    if wish == "auto":
+    name, reason = requested, "as requested"
+    if requested == "auto":
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         reason = "no GPU found" if name == "cpu" else "found"
@@ -32,7 +32,7 @@ def pick_device(wish="auto", deterministic=False):
     message = "some processes have a GPU and others do not; pass --device cpu"
     distributed.require_equal(device.type, message)
     if failure:
-        warn(f"warning: {reason}: running on the CPU")
+        warn(f"warning: {reason}; running on the CPU")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # cuBLAS reads this when it starts, and is deterministic only with it
@@ -56,9 +56,9 @@ def try_device(name):
     return ""
 
 
-def pick_precision(wish, device):
+def pick_precision(requested, device):
     """Resolve "auto" to "bf16" where the device has fast bf16, else "fp32"; equal on all ranks."""
-    precision = wish if wish != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
+    precision = requested if requested != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
     message = "only some of the processes have fast bf16; pass --precision fp32"
     distributed.require_equal(precision, message)
     return precision

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from support.errors import UserError
 
 _gpu_group = None  # the NCCL group for tensors on GPUs; without it the default group, Gloo
-_setting_up = True  # whether all ranks still make the same calls of `all_gather`
+_setting_up = True  # until `finish_setup` all ranks make the same calls of `all_gather`
 
 
 def rank():
@@ -37,8 +37,8 @@ def all_gather(value, error=""):
     dist.all_gather_object(gathered, (value, error))
     values, errors = zip(*gathered, strict=True)
     if any(errors):
-        own = [f"rank {i}: {error}" for i, error in enumerate(errors) if error]
-        raise UserError(errors[0] if len(set(errors)) == 1 else "; ".join(own), shared=True)
+        by_rank = [f"rank {i}: {error}" for i, error in enumerate(errors) if error]
+        raise UserError(errors[0] if len(set(errors)) == 1 else "; ".join(by_rank), shared=True)
     return list(values)
 
 
@@ -62,8 +62,8 @@ def share_error(message):
     return f"rank {rank()}: {message}", False
 
 
-def start_training(device):
-    """End the setup: from here on the ranks exchange tensors on their devices."""
+def finish_setup(device):
+    """Wait for all ranks. From here on they exchange tensors on their devices."""
     global _setting_up, _gpu_group
     all_gather("ready")
     if world_size() > 1 and device.type == "cuda":

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Ends the program with a one-line message and an exit status; `shared` by all ranks or not."""
+    """Ends the program with a one-line message and a status. All ranks raise it if `shared`."""
 
     def __init__(self, message, status=1, shared=False):
         super().__init__(message)

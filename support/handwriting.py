@@ -23,8 +23,8 @@ SEARCH_SIDE = 480  # pixels; the image is reduced to this size to search for ink
 SMALL = 0.25  # a digit smaller than this fraction of the image is cropped and searched again
 GRID = 32  # the paper's color is fitted to this many averages along the longer side
 BORDER = 0.05  # width of a border that is mostly paper, as a fraction of the shorter side
-FAINT = 0.4  # fraction of the strong ink's strength; ink is stronger
-NOISE = 5  # standard deviations of the surroundings; ink is stronger
+FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
+NOISE = 5  # ... and than this many standard deviations of the background
 CLEAR = 4.7  # standard deviations of the paper; if the strong ink is weaker, there is no ink
 FULL = 0.9  # fraction of the ink's 0.9 quantile; anything stronger counts as full ink
 SPECK = 0.03  # fraction of the heaviest component's mass; lighter components are dropped
@@ -95,7 +95,7 @@ def find_ink(rgb):
     """Separate ink, float (H, W), from paper. Also returns its threshold and whether noiseless.
 
     Ink differs from paper along one direction in color space, measured in the paper's standard
-    deviations. An image is noiseless if its border has a single color; then they are not used.
+    deviations; in a noiseless image, whose border has a single color, in RGB values.
     """
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     background = np.median(border, axis=0)

@@ -1,4 +1,4 @@
-"""Losses and accuracies of both heads, and the lines that report them."""
+"""Losses and accuracies of both outputs, and the lines that report them."""
 
 import math
 from typing import NamedTuple

@@ -15,7 +15,7 @@ from support.constants import NUM_DIGITS, NUM_SUMS
 COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 6, 24, 30  # of the plots made of images
 # The colors are from the Okabe-Ito palette, which is safe for color-blind readers.
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"
-HEAD_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
+OUTPUT_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
 SPLIT_STYLES = {"train": {"lw": 1, "alpha": 0.7}, "val": {"ls": ":"}, "test": {"lw": 2}}
 
 
@@ -42,7 +42,7 @@ def run_figures(history, curve, predictions, images, addends, disputed, title, l
 
 
 def loss_figure(curve, history, title, label_smoothing):
-    """Negative log-likelihood of both heads, in nats, against the epoch.
+    """Negative log-likelihood of both outputs, in nats, against the epoch.
 
     curve: (position in epochs, digit loss, sum loss), means over the training samples since the
     previous point; history: the rows of metrics.csv; title: a line about the run.
@@ -53,7 +53,7 @@ def loss_figure(curve, history, title, label_smoothing):
     axes = figure.add_subplot()
     positions, *losses = zip(*curve, strict=True)
     for head, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
-        color, label = HEAD_COLORS[head], f"{head}, train: {values[-1]:.4f}"
+        color, label = OUTPUT_COLORS[head], f"{head}, train: {values[-1]:.4f}"
         axes.plot(positions, values, color=color, label=label, **SPLIT_STYLES["train"])
         if label_smoothing:  # by s: the true one of n classes has the target 1 - s + s / n
             lowest = -math.log(1 - label_smoothing * (1 - 1 / n))
@@ -65,7 +65,7 @@ def loss_figure(curve, history, title, label_smoothing):
 
 
 def prediction_figure(originals, pixels, digits, sums, titles):
-    """A row per image: the original, the input of the network, the probabilities of both heads.
+    """A row per image: the original, the input of the network, the probabilities of both outputs.
 
     originals: N Pillow images; pixels: N of uint8 (28, 28); digits, sums: (N, 10), (N, 19).
     """
@@ -79,7 +79,7 @@ def prediction_figure(originals, pixels, digits, sums, titles):
         network_input.imshow(pixels[i], cmap="gray", vmin=0, vmax=255)
         network_input.set(xticks=[], yticks=[], xlabel="input of the network")
         for axes, head, values in zip(bars, ("digit", "sum"), (digits[i], sums[i]), strict=True):
-            axes.bar(range(len(values)), 100 * values.numpy(), color=HEAD_COLORS[head])
+            axes.bar(range(len(values)), 100 * values.numpy(), color=OUTPUT_COLORS[head])
             axes.set(xticks=range(len(values)), ylim=(0, 100), xlabel=head, ylabel="probability, %")
             axes.tick_params(axis="x", labelsize=8)
     return figure
@@ -111,14 +111,14 @@ def finish_curves(axes, ylabel, legend_title):
 def _plot_history(axes, history, splits, metric):
     """A curve for each split and head of which the history has the metric; errors for accuracy."""
     epochs = [row["epoch"] for row in history]
-    for split, head in itertools.product(splits, HEAD_COLORS):
+    for split, head in itertools.product(splits, OUTPUT_COLORS):
         key = f"{split}_{head}_{metric}"
         if key in history[0]:
             y = np.array([row[key] for row in history])
             text = f"{y[-1]:.4f}" if metric == "loss" else f"{100 * y[-1]:.2f} %"
             y = y if metric == "loss" else 100 - 100 * y
             style = SPLIT_STYLES[split] | ({"lw": 0.8} if head == "both" else {})
-            style |= {"color": HEAD_COLORS[head], "label": f"{head}, {split}: {text}"}
+            style |= {"color": OUTPUT_COLORS[head], "label": f"{head}, {split}: {text}"}
             axes.plot(epochs, y, marker=".", **style)
 
 
@@ -140,7 +140,7 @@ def _accuracy_figure(history, title):
 
 
 def _confusion_figure(digit_counts, sum_counts, title):
-    """Confusion matrices of both heads, one row per true class; only errors are colored."""
+    """Confusion matrices of both outputs, one row per true class; only errors are colored."""
     note = "Digit: by mean probability over the ten addends. Color: share of the row (log scale)."
     figure = new_figure("Confusion matrices of the test set", title, 7.2, note)
     left, right = figure.subplots(1, 2, width_ratios=(12, 19))

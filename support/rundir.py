@@ -34,9 +34,9 @@ DAMAGE += (ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 class RunDir:
-    """The directory of a run. Of the processes of a run only one has it `writable`.
+    """The directory of a run, `writable` on rank 0 only.
 
-    `resume_flags` are part of the command to resume until the first epoch is saved.
+    `resume_flags`: changed flags, repeated in the command to resume until an epoch is saved.
     """
 
     def __init__(self, path, writable, resume_flags):
@@ -165,7 +165,7 @@ def load_checkpoint(path):
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            marked = any(entry.external_attr for entry in archive.infolist())  # as a directory
+            marked = any(entry.external_attr for entry in archive.infolist())  # torch sets none
             if marked or archive.testzip():  # torch.load accepts damaged tensors
                 raise zipfile.BadZipFile
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

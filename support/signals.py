@@ -9,7 +9,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Whether a signal has requested a stop. Work calls `check` where it can be interrupted."""
+    """Whether a signal has requested a stop. Call `check` where it is safe to stop."""
 
     signum = None
 
@@ -29,7 +29,7 @@ class StopFlag:
                 raise
 
 
-NEVER = StopFlag()  # for work that only the signal itself ends
+NEVER = StopFlag()  # is never set
 
 
 @contextmanager

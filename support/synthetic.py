@@ -1,4 +1,4 @@
-"""Synthetic digits, which replace MNIST where it is unavailable: printed and randomly warped."""
+"""Synthetic digits in place of MNIST if it is unavailable: printed and randomly warped."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -187,10 +187,10 @@ def test_processes_are_compared_over_equal_seeds(measure, fixed_times):
 
 def test_the_gpu_benchmark_measures_each_recipe(small_job, workdir):
     flags = [*shlex.split(small_job), "--dry-run", "--device", "cpu", "--batch-size", "100"]
-    assert gpu.main(["--recipes", "fast", "concat-mlp", "--steps", "2", "--", *flags]) == 0
+    assert gpu.main(["--recipes", "fast", "added", "--steps", "2", "--", *flags]) == 0
     rows = json.loads((workdir / "runs" / "benchmarks" / "gpu.json").read_text())["rows"]
-    assert list(rows) == ["fast", "concat-mlp"]
+    assert list(rows) == ["fast", "added"]
     for name, row in rows.items():
         assert row["bit_identical"] and row["slowdown"] > 0 and row["gpu_idle"] is None
-        assert 0 < row["product_fraction"] < 1 and row["warmup_seconds"] > row["step_seconds"] > 0
+        assert row["product_fraction"] > 0 and row["warmup_seconds"] > row["step_seconds"] > 0
         assert row["images_per_second"] == RECIPES[name].batch_size / row["step_seconds"]

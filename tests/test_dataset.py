@@ -58,7 +58,7 @@ def test_randomness_depends_only_on_seed_split_epoch_and_index(digits):
         assert torch.equal(whole.order(), again.order())
         for ours, theirs in zip(whole[0], again[0], strict=True):
             assert torch.equal(ours, theirs)
-        batch, shifted = whole.__getitems__(indices + 100), part.__getitems__(indices)
+        batch, shifted = whole.batch(indices + 100), part.batch(indices)
         for ours, theirs in zip(batch, shifted, strict=True):
             assert torch.equal(ours, theirs)
 
@@ -165,6 +165,6 @@ def test_random_affine_stays_within_its_limits():
 def test_the_one_hot_vector_is_of_the_addend():
     zeros = torch.zeros(40, 28, 28, dtype=torch.uint8)
     dataset = MNISTSum(SimpleNamespace(data=zeros, targets=torch.arange(40) % 10), "train")
-    _, digit, one_hot, total = dataset.__getitems__(torch.arange(40))
+    _, digit, one_hot, total = dataset.batch(torch.arange(40))
     assert torch.equal(one_hot, F.one_hot(dataset.addends, 10).float())
     assert torch.equal(total - digit, dataset.addends)

@@ -89,7 +89,7 @@ def test_a_gpu_that_fails_is_replaced_by_the_cpu_but_not_for_one_of_several_proc
     monkeypatch.setattr(torch, "zeros", zeros)
     chosen, reason = pick_device("cuda")
     assert chosen == CPU and reason == f"cuda:0 failed: {cause}"
-    assert capsys.readouterr().err == f"warning: {reason}: running on the CPU\n"
+    assert capsys.readouterr().err == f"warning: {reason}; running on the CPU\n"
     set_process(monkeypatch, 1, 2)
     with pytest.raises(UserError, match=f"cuda:1 failed: {cause}.*--device cpu"):
         pick_device("cuda")

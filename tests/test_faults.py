@@ -322,7 +322,7 @@ def test_a_loss_that_becomes_nan(few, batch_size):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_missing_device(few):
     status, out, err = few("--recipe", "fast", "--device", "cuda", "--output-dir", "run")
-    assert status == 0 and re.fullmatch("warning: .*cuda.*: running on the CPU\n", err)
+    assert status == 0 and re.fullmatch("warning: .*cuda.*; running on the CPU\n", err)
     assert "device   cpu" in out
     assert few("--recipe", "fast", "--output-dir", "cpu")[0] == 0
     assert without_seconds("run") == without_seconds("cpu")

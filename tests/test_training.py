@@ -53,7 +53,7 @@ def test_an_epoch_is_that_of_a_plain_loop(dataset):
     reference_optimizer = torch.optim.SGD(reference.parameters(), lr=0.05)
     rows = []
     for batch in dataset.order().split(4):
-        image, digit, addend, total = dataset.__getitems__(batch)
+        image, digit, addend, total = dataset.batch(batch)
         digit_log_probs, sum_log_probs = reference(image, addend)
         losses = [F.cross_entropy(digit_log_probs, digit), F.cross_entropy(sum_log_probs, total)]
         correct = [
