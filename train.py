@@ -178,7 +178,7 @@ def main(argv):
                     )
                 seconds = {"train": time.perf_counter() - clock}
                 train_metrics, points = metrics.epoch_metrics(step_results, epoch)
-                for split, dataset in held_out.items():  # test last: if stopped, it is complete
+                for split, dataset in held_out.items():  # test last: never of an unsaved epoch
                     clock = time.perf_counter()
                     predictions[split] = evaluate(model, dataset, autocast, stop)
                     seconds[split] = time.perf_counter() - clock
