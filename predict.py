@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import timeit
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,7 +183,7 @@ def model_card(name, predictor, checkpoint):
     milliseconds = []
     for batch_size in (1, 256):
         inputs = torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
-        times = timeit.repeat(lambda inputs=inputs: predictor(*inputs), number=1, repeat=12)
+        times = timeit.repeat(partial(predictor, *inputs), number=1, repeat=12)
         milliseconds.append(1000 * statistics.median(times[2:]))  # the first two are warm-up
     return MODEL_CARD.format(
         name=name,

@@ -133,7 +133,7 @@ def main(argv):
     model = move_model(build_model(recipe.encoder, recipe.head), device)
     optimizer = make_optimizer(model, recipe)
     check_batch_size(recipe, len(train_set), model)
-    num_batches = train_set.num_batches(recipe.batch_size, recipe.drop_last)
+    steps = train_set.num_batches(recipe.batch_size, recipe.drop_last)
 
     flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
     settings = {"flags": flags, "recipe": recipe.as_plain()}
@@ -171,8 +171,7 @@ def main(argv):
             for epoch in range(len(history) + 1, recipe.epochs + 1):
                 train_set.set_epoch(epoch, augment=epoch <= recipe.epochs - recipe.clean_epochs)
                 clock = time.perf_counter()
-                title = f"epoch {epoch}/{recipe.epochs}"
-                with progress_bar(num_batches, title, args.quiet) as progress:
+                with progress_bar(steps, f"epoch {epoch}/{recipe.epochs}", args.quiet) as progress:
                     step_results = train_epoch(
                         parallel_model, optimizer, train_set, recipe, autocast, stop, progress
                     )

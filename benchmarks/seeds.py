@@ -184,7 +184,7 @@ def comparison(rows):
     for name, row in rows.items():
         cells = [f"{100 * row['metrics'][head]['mean']:.3f}" for head in HEADS]
         pairs = zip(row["each"]["both"], base["each"]["both"], strict=True)
-        change = summary([100 * (ours - theirs) for ours, theirs in pairs])
+        change = summary([100 * (changed - unchanged) for changed, unchanged in pairs])
         error = change["sd"] / math.sqrt(change["n"])
         compared = f"{change['mean']:+.3f} ± {error:.3f}" if row is not base else ""
         seconds = f"{row['median_train_seconds']:.1f}"

@@ -30,7 +30,7 @@ def number(kind, low, high):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's own message
@@ -43,11 +43,11 @@ def device_name(text):
     return text
 
 
-def train_parser(manual, recipes):
+def train_parser(description, recipes):
     """The parser of train.py. Flags that replace a column of the recipe default to None."""
     width = max(map(len, recipes))
     rows = [f"  {name:<{width}}  {recipe.description}" for name, recipe in recipes.items()]
-    parser = Parser(prog="train.py", description=manual, epilog="\n".join(["recipes:", *rows]))
+    parser = Parser(prog="train.py", description=description, epilog="\n".join(["recipes:", *rows]))
     count, rate, decay = number(int, 1, 100_000), number(float, 1e-9, 100), number(float, 0, 10)
     val_size, seed = number(int, 0, 59_999), number(int, 0, 2**32 - 1)
 
@@ -92,9 +92,9 @@ def train_parser(manual, recipes):
     return parser
 
 
-def parse_train_args(argv, manual, recipes, saved=None):
+def parse_train_args(argv, description, recipes, saved=None):
     """Parse the flags of train.py; those not given come from the `saved` ones of a resumed run."""
-    parser = train_parser(manual, recipes)
+    parser = train_parser(description, recipes)
     parser.set_defaults(**saved or {})
     args = parser.parse_args(argv)
     if args.recipe not in recipes:  # that of a resumed run; argparse does not check defaults

@@ -23,7 +23,7 @@ def pick_device(requested="auto", deterministic=False):
         reason = "no GPU found" if name == "cpu" else "found"
     if name == "cuda" or name.startswith("cuda") and several:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    failure = try_device(name)
+    failure = device_error(name)
     if failure and several and torch.cuda.device_count():
         raise UserError(f"{name} failed: {failure}; fix this or pass --device cpu")
     if failure:
@@ -44,8 +44,8 @@ def pick_device(requested="auto", deterministic=False):
     return device, reason
 
 
-def try_device(name):
-    """Run a first operation on a device; returns the reason if it cannot be used, else ""."""
+def device_error(name):
+    """Run a first operation on a device; returns why it cannot be used, "" if it can."""
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name.startswith("cuda") and 0 < gpus < processes:
         return f"{processes} processes on this machine, but {gpus} GPUs"
@@ -58,10 +58,11 @@ def try_device(name):
 
 def pick_precision(requested, device):
     """Resolve "auto" to "bf16" where the device has fast bf16, else "fp32"; equal on all ranks."""
-    precision = requested if requested != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
+    if requested == "auto":
+        requested = "bf16" if has_fast_bf16(device) else "fp32"
     message = "only some of the processes have fast bf16; pass --precision fp32"
-    distributed.require_equal(precision, message)
-    return precision
+    distributed.require_equal(requested, message)
+    return requested
 
 
 def has_fast_bf16(device):

@@ -153,7 +153,7 @@ def checkpoint_to_resume(args):
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
         if (args.eval_only or left > 0) and not checkpoint["flags"]["dry_run"]:
             return path
-    raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; name a directory")
+    raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; name a run")
 
 
 def load_checkpoint(path):
