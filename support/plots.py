@@ -55,7 +55,7 @@ def loss_figure(curve, history, title, label_smoothing):
     for head, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
         color, label = OUTPUT_COLORS[head], f"{head}, train: {values[-1]:.4f}"
         axes.plot(positions, values, color=color, label=label, **SPLIT_STYLES["train"])
-        if label_smoothing:  # by s: the true one of n classes has the target 1 - s + s / n
+        if label_smoothing:  # the target of the true one of n classes is 1 - s + s / n
             lowest = -math.log(1 - label_smoothing * (1 - 1 / n))
             axes.axhline(lowest, color=color, linewidth=1, linestyle=":")
     _plot_history(axes, history, ("val", "test"), "loss")
