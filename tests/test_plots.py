@@ -46,7 +46,7 @@ def test_every_plot_says_what_it_shows_and_of_which_run():
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_the_loss_plot_explains_label_smoothing(label_smoothing):
     text = texts(run_figures(1, label_smoothing)["loss.png"])
-    assert ("label smoothing 0.1" in text) == (label_smoothing > 0)
+    assert ("label smoothing" in text) == (label_smoothing > 0)
 
 
 def test_the_points_of_a_single_epoch_do_not_overlap():
