@@ -140,6 +140,7 @@ def main(argv):
     resume_flags = check_changes(checkpoint, **settings) if checkpoint else []
     if args.eval_only:
         rundir.restore(checkpoint, model)
+        distributed.finish_setup(device)
         for split, dataset in held_out.items():
             test_metrics = evaluate(model, dataset, autocast).metrics()
             log(metrics.result_line(split, test_metrics, checkpoint["info"]["note"]))

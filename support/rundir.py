@@ -25,7 +25,6 @@ RUNS = Path("runs")
 LAST, BEST = "last.pt", "best.pt"
 PLOTS = ("loss.png", "accuracy.png", "confusion_matrix.png", "predictions.png", "mistakes.png")
 RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", *PLOTS)
-# The contents of a checkpoint.
 CHECKPOINT = {"flags": dict, "recipe": dict, "info": dict, "calls": list, "history": list}
 CHECKPOINT |= {"curve": list, "seconds": float, "network": dict, "optimizer": dict}
 # What the standard library and torch raise when they read a damaged archive.
