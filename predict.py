@@ -22,10 +22,10 @@ from support.console import exit_status, log, warn
 from support.constants import NUM_DIGITS, SIDE
 from support.errors import UserError
 from support.files import write_atomic
-from support.handwriting import prepare, read_picture, upright
+from support.handwriting import NO_INK, prepare, read_picture, upright
 
 BATCH = 256  # images
-UNSURE = 0.8  # warn if the digit is less probable than this
+UNSURE, DOUBTFUL = 0.8, "the digit is doubtful"  # the warning below this probability
 MAX_PLOTTED = 20  # images
 MODEL_CARD = """# {name}
 
@@ -69,7 +69,7 @@ def parse_args(argv):
 
 @exit_status
 def main(argv):
-    """Run the command line; the status is 1 if an image could not be read."""
+    """Run the command line; the status is 1 if an image could not be read or has no ink."""
     args = parse_args(argv)
     model, checkpoint = load_model(args.run)
     predictor = Predictor(model, checkpoint["recipe"])
@@ -106,14 +106,16 @@ def main(argv):
             figure = plots.prediction_figure(originals, pixels, digits, sums, titles)
             write_atomic(args.save_picture, plots.as_png(figure))
     for record in records:
+        line = as_line(record)
         for text in record["warnings"]:
-            warn(f"warning: {record['file']}: {text}")
+            if args.json or text != line:
+                warn(f"warning: {record['file']}: {text}")
         if not args.json:
-            prefix = f"{record['file']}: " if len(args.image) > 1 else ""
-            log(prefix + as_line(record))
+            log(f"{record['file']}: {line}" if len(args.image) > 1 else line)
     if args.json:
         print(json.dumps(records, indent=2), flush=True)
-    return 0 if len(files) == len(args.image) else 1
+    predicted = sum(record["digit"] is not None for record in records)
+    return 0 if predicted == len(args.image) else 1
 
 
 def training_caveat(flags):
@@ -144,22 +146,30 @@ def unsmoothed(probabilities, label_smoothing):
 
 
 def predict(predictor, prepared, addend):
-    """Probabilities of digits (N, 10) and sums (N, 19) for N prepared images and one addend."""
+    """Probabilities of digits (N, 10) and sums (N, 19) for N prepared images and one addend.
+
+    They are 0 for an image without ink.
+    """
     pixels = torch.stack([torch.from_numpy(image.pixels) for image in prepared])  # (N, 28, 28)
     batches = [predictor(batch, torch.full((len(batch),), addend)) for batch in pixels.split(BATCH)]
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    has_ink = pixels.flatten(1).any(dim=1, keepdim=True)
+    return [has_ink * torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def make_record(file, prepared, digits, sums, addend):
-    """The prediction for an image, in JSON types."""
-    digit = {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
-    total = {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
-    unsure = ["the digit is doubtful"] if digit["digit_probability"] < UNSURE else []
-    warnings = [*prepared.warnings, *unsure]
-    return {"file": file, **digit, "addend": addend, **total, "warnings": warnings}
+    """The prediction for an image, in JSON types; None if it has no ink."""
+    record = {"file": file, "digit": None, "digit_probability": None, "addend": addend}
+    record |= {"sum": None, "sum_probability": None, "warnings": list(prepared.warnings)}
+    if NO_INK not in prepared.warnings:
+        record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
+        record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
+        record["warnings"] += [DOUBTFUL] if digits.max() < UNSURE else []
+    return record
 
 
 def as_line(record):
+    if record["digit"] is None:
+        return NO_INK
     percent, sum_percent = (100 * record[f"{name}_probability"] for name in ("digit", "sum"))
     text = "digit {digit} ({percent:.1f} %)  {digit} + {addend} = {sum} ({sum_percent:.1f} %)"
     return text.format(percent=percent, sum_percent=sum_percent, **record)

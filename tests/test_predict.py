@@ -154,10 +154,17 @@ def test_an_unreadable_picture_is_reported_and_the_others_are_predicted(command,
     assert "Traceback" not in err
 
 
-def test_a_picture_without_ink_gives_a_warning(command, workdir):
+def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
     Image.new("L", (100, 100), 255).save(workdir / "white.png")
-    _, out, err = command("white.png", "--json")
-    assert json.loads(out)[0]["warnings"] and err.startswith("warning: white.png: ")
+    assert command("white.png", "--save-picture", "plot.png") == (1, "no ink found\n", "")
+    status, out, err = command("white.png", "0.png")
+    assert status == 1 and err == ""
+    assert out.startswith("white.png: no ink found\n0.png: digit ")
+    status, out, err = command("white.png", "--json")
+    record = json.loads(out)[0]
+    names = ("digit", "digit_probability", "sum", "sum_probability")
+    assert status == 1 and [record[name] for name in names] == [None] * 4
+    assert record["warnings"] == ["no ink found"] and err == "warning: white.png: no ink found\n"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,9 @@ def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
     ink.save(workdir / "ink.png")
     turned = Image.Exif()
     turned[0x0112] = 6
-    ink.convert("RGB").save(workdir / "turned.jpg", exif=turned)
+    sheet = Image.new("RGB", ink.size, "white")
+    sheet.paste(ink, mask=ink)
+    sheet.save(workdir / "turned.jpg", exif=turned)
     plot, plotted = plots.prediction_figure, []
     monkeypatch.setattr(plots, "prediction_figure", lambda *a: plotted.extend(a[0]) or plot(*a))
     assert command("ink.png", "turned.jpg", "--save-picture", "plot.png")[0] == 0
