@@ -67,7 +67,10 @@ class MNISTSum(Dataset):
         self.set_epoch(1)
 
     def set_epoch(self, epoch, augment=True):
-        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1."""
+        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1.
+
+        Has no effect on the workers of a DataLoader with `persistent_workers=True`.
+        """
         self.epoch = epoch
         # Drawn for all images, not only for `indices`: so --val-size does not change the draws.
         draw = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
@@ -105,7 +108,10 @@ class MNISTSum(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return tuple(part[0] for part in self.batch(torch.tensor([index])))
+        """An item; for a slice, a list or a tensor of indices, the items stacked."""
+        indices = torch.arange(len(self))[index]  # raises IndexError, which ends a loop
+        batch = self.batch(indices.view(-1))
+        return batch if indices.ndim else tuple(part[0] for part in batch)
 
     def batch(self, indices):
         """The items at int64 (B,) `indices`, stacked: images, digits, one-hot addends, sums."""

@@ -25,7 +25,7 @@ from support.files import write_atomic
 from support.handwriting import NO_INK, prepare, read_picture, upright
 
 BATCH = 256  # images
-UNSURE, DOUBTFUL = 0.8, "the digit is doubtful"  # the warning below this probability
+UNSURE, DOUBTFUL = 0.65, "the digit is doubtful"  # the warning below this probability
 MAX_PLOTTED = 20  # images
 MODEL_CARD = """# {name}
 
@@ -62,6 +62,8 @@ def parse_args(argv):
     for path, suffix in ((args.save_picture, ".png"), (args.export, ".pt2")):
         if path and path.suffix != suffix:
             parser.error(f"{path} does not end in {suffix}")
+    if args.save_picture and args.save_picture.resolve() in [Path(p).resolve() for p in args.image]:
+        parser.error(f"--save-picture would overwrite the image {args.save_picture}")
     if args.save_picture and len(args.image) > MAX_PLOTTED:
         parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")
     return args
@@ -85,6 +87,8 @@ def main(argv):
     files, originals, prepared = [], [], []
     for file in args.image:
         try:
+            if file == "-" and not sys.stdin:
+                raise UserError("stdin is closed")
             image = read_picture(sys.stdin.buffer if file == "-" else file)
         except UserError as error:
             warn(f"error: {file}: {error}")

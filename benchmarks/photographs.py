@@ -1,10 +1,10 @@
-"""Simulate photographs of handwritten digits, and count how many a trained network recognizes.
+"""Simulate photographs and drawings of digits, and count how many a trained network recognizes.
 
 python benchmarks/photographs.py runs/default
 
 A test image of MNIST is enlarged with the sharp edges of a pen, drawn in ink on paper, lit and
 photographed: light = paper x (1 - coverage) + ink x coverage, then illumination, blur, noise, JPEG.
-Each kind of damage is applied alone; "all" combines most of them.
+Each kind of damage is applied alone; "all" combines most of them. drawings.py makes the drawings.
 """
 
 import io
@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from drawings import DRAWINGS, as_picture, drawing, letterboxed, on_desk
 from PIL import Image, ImageFilter, ImageOps
 from seeds import BENCHMARKS, provenance, save_json  # adds the program's directory to the path
 
 from dataset import load_data
-from predict import Predictor, predict
+from predict import Predictor, make_record, predict
 from recipes import load_model
 from support.args import Parser, number
 from support.console import exit_status, progress_bar
@@ -25,6 +26,7 @@ from support.handwriting import Prepared, prepare
 
 COMBINED = ("color", "uneven", "shadow", "noise", "blur", "specks", "off center", "exif", "jpeg")
 DAMAGES = ("plain", *COMBINED, "thin pen", "pencil", "ruled", "all")
+KINDS = (*DAMAGES, "letterbox", "desk", *DRAWINGS)
 MIN_CONTRAST = 80.0  # distance of ink from paper in RGB (0 to 441); people misread fainter ink
 EXIF_ORIENTATION = 0x0112  # the tag
 # How a camera transposes what it stores, for the EXIF orientations 2 to 8.
@@ -211,11 +213,6 @@ def gaussian_blur(values, sigma):
     return values
 
 
-def as_picture(scene):
-    """A Pillow image of float RGB values."""
-    return Image.fromarray(np.clip(scene + 0.5, 0, 255).astype(np.uint8))
-
-
 def as_jpeg(picture, orientation, quality):
     """Store and reopen a picture as a camera does: rotated, with the orientation in its EXIF."""
     exif = Image.Exif()
@@ -233,35 +230,51 @@ def resize(picture):
     return Prepared(255 - pixels if pixels.mean() > 127 else pixels)
 
 
-def count_correct(predictor, images, digits):
-    """Number of images (N Prepared) whose digit is predicted correctly; digits: int64 (N,)."""
-    digit_probabilities, _ = predict(predictor, images, addend=0)
-    return int((digit_probabilities.argmax(dim=1).numpy() == digits).sum())
-
-
-def evaluate(predictor, test, damage, count, rng):
-    """Counts for `count` photographs of random test images with one kind of damage, as a dict."""
+def make_pictures(kind, test, count, rng):
+    """Returns `count` pictures of a kind, their digits int64 (N,), and the MNIST images, if any."""
+    if kind in DRAWINGS:
+        digits, drawn = zip(*(drawing(rng) for _ in range(count)), strict=True)
+        return [DRAWINGS[kind](coverage, rng) for coverage in drawn], np.array(digits), None
     chosen = rng.choice(len(test.data), count, replace=False)
-    images, digits = test.data.numpy()[chosen], test.targets.numpy()[chosen]
-    pictures = [photograph(image, rng, damage) for image in images]
-    prepared = [prepare(picture) for picture in pictures]
+    images = test.data.numpy()[chosen]
+    if kind in DAMAGES:
+        pictures = [photograph(image, rng, kind) for image in images]
+    elif kind == "letterbox":
+        pictures = [letterboxed(photograph(image, rng, "noise"), rng) for image in images]
+    else:
+        scenes = [on_desk(photograph(image, rng, "plain"), rng) for image in images]
+        pictures = [as_picture(add_noise(np.asarray(scene, float), rng)) for scene in scenes]
+    return pictures, test.targets.numpy()[chosen], images
+
+
+def evaluate(predictor, test, kind, count, rng):
+    """Counts for `count` pictures of a kind, as a dict; None for a drawing "as in MNIST"."""
+    pictures, digits, images = make_pictures(kind, test, count, rng)
+
+    def predict_all(images):  # whether each is predicted correctly, and whether with a warning
+        outputs = zip(images, *predict(predictor, images, addend=0), strict=True)
+        records = [make_record("", *output, addend=0) for output in outputs]
+        right = [r["digit"] == digit for r, digit in zip(records, digits.tolist(), strict=True)]
+        return right, [bool(record["warnings"]) for record in records]
+
+    right, warned = predict_all([prepare(picture) for picture in pictures])
+    pairs = list(zip(right, warned, strict=True))
     return {
-        "prepared": count_correct(predictor, prepared, digits),
-        "resized": count_correct(predictor, [resize(picture) for picture in pictures], digits),
-        "MNIST": count_correct(predictor, [Prepared(image) for image in images], digits),
-        "warned": sum(bool(one.warnings) for one in prepared),
+        "prepared": sum(right),
+        "resized": sum(predict_all([resize(picture) for picture in pictures])[0]),
+        "MNIST": None if images is None else sum(predict_all(list(map(Prepared, images)))[0]),
+        "wrong without warning": pairs.count((False, False)),
+        "right with warning": pairs.count((True, True)),
     }
 
 
 def table(results):
-    """The results file as a table in Markdown, in percent of the photographs."""
-    rows = [(name, results["count"], row.values()) for name, row in results["correct"].items()]
-    total = sum(count for _, count, _ in rows)
-    rows.append((f"of {total}", total, map(sum, zip(*(row for *_, row in rows), strict=True))))
-    lines = ["| damage | prepared | resized to 28x28 | as in MNIST | warned of |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    for name, count, row in rows:
-        lines.append(f"| {name} | {' | '.join(f'{100 * n / count:.1f} %' for n in row)} |")
+    """The results file as a table in Markdown, in percent of the pictures."""
+    lines = ["| kind | prepared | resized | as in MNIST | wrong, no warning | right, warning |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for kind, row in results["correct"].items():
+        shares = ["–" if n is None else f"{n / results['count']:.1%}" for n in row.values()]
+        lines.append(f"| {kind} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
@@ -270,7 +283,7 @@ def parse_args(argv):
     flag = parser.add_argument
     flag("run", help="run directory or checkpoint")
     flag("--data-dir", default="data", metavar="DIR", help="dataset root (default: %(default)s)")
-    text = "photographs with each kind of damage (default: %(default)s)"
+    text = "pictures of each kind (default: %(default)s)"
     flag("--count", type=number(int, 1, 10_000), default=200, metavar="N", help=text)
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="default: 0")
     text = "results file (default: %(default)s)"
@@ -285,10 +298,10 @@ def main(argv):
     predictor = Predictor(model, checkpoint["recipe"])
     test = load_data("mnist", args.data_dir).test
     correct = {}
-    with progress_bar(len(DAMAGES), "photographs", quiet=False) as progress:
-        for kind, damage in enumerate(DAMAGES):
-            rng = np.random.default_rng([args.seed, kind])
-            correct[damage] = evaluate(predictor, test, damage, args.count, rng)
+    with progress_bar(len(KINDS), "photographs", quiet=False) as progress:
+        for number_of_kind, kind in enumerate(KINDS):
+            rng = np.random.default_rng([args.seed, number_of_kind])
+            correct[kind] = evaluate(predictor, test, kind, args.count, rng)
             progress.update()
     results = {"count": args.count, "seed": args.seed, "correct": correct}
     print(table(results))

@@ -1,6 +1,7 @@
 """The command-line flags of train.py, their ranges, and which of them may change on resume."""
 
 import argparse
+import os
 import re
 
 from support.console import warn
@@ -97,6 +98,7 @@ def parse_train_args(argv, description, recipes, saved=None):
     parser = train_parser(description, recipes)
     parser.set_defaults(**saved or {})
     args = parser.parse_args(argv)
+    args.data_dir = os.path.abspath(args.data_dir)  # to resume from another directory
     if args.recipe not in recipes:  # that of a resumed run; argparse does not check defaults
         parser.error(f"the recipe {args.recipe!r} does not exist")
     if args.eval_only and args.resume is None:

@@ -12,15 +12,21 @@ from support.errors import UserError
 
 
 def log(text, file=None, all_ranks=False):
-    """Print a line, with unprintable characters escaped, on rank 0 or on every rank that calls."""
-    if all_ranks or distributed.rank() == 0:
+    """Print a line on rank 0, or on every rank that calls.
+
+    Characters that are unprintable, or missing in the encoding of the stream, are escaped.
+    """
+    stream = file or sys.stdout
+    if stream and (all_ranks or distributed.rank() == 0):
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        print(text, file=file, flush=True)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def warn(text, all_ranks=False):
-    """`log` to stderr."""
-    log(text, sys.stderr, all_ranks)
+    """`log` to stderr, unless it is closed."""
+    if sys.stderr:
+        log(text, sys.stderr, all_ranks)
 
 
 def progress_bar(total, title, quiet):

@@ -1,11 +1,14 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`prepare` separates ink from paper and normalizes the digit as in MNIST: crop, pad to a square,
-shrink to 20x20 by area averaging, scale the maximum to 255, shift the center of mass to index 14.
+`prepare` finds the sheet, separates ink from paper and normalizes the digit as in MNIST: crop, pad
+to a square, shrink to 20x20 by area averaging, scale the maximum to 255, shift the center of mass
+to index 14.
 MNIST's own digits change by at most one gray level.
 """
 
+import io
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.constants import SIDE
 from support.errors import UserError
+from support.sheet import bounding_box, connected_components, find_sheet, longer_side
 
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
+UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 SEARCH_SIDE = 480  # pixels; the image is reduced to this size to search for ink
 SMALL = 0.25  # a digit smaller than this fraction of the image is cropped and searched again
@@ -26,6 +31,7 @@ BORDER = 0.05  # width of a border that is mostly paper, as a fraction of the sh
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
 CLEAR = 4.7  # standard deviations of the paper; if the strong ink is weaker, there is no ink
+NEARLY_WHITE = 240  # a transparent image lighter than this everywhere is put on black
 FULL = 0.9  # fraction of the ink's 0.9 quantile; anything stronger counts as full ink
 SPECK = 0.03  # fraction of the heaviest component's mass; lighter components are dropped
 
@@ -37,16 +43,26 @@ class Prepared(NamedTuple):
     warnings: tuple[str, ...] = ()  # a subset of NO_INK, SEVERAL, CUT
 
 
-def read_picture(file):
-    """Open an image file, a path or a binary stream. Raises UserError if it can't be used."""
+def read_picture(file, formats=None):
+    """Open an image file, a path or a binary stream, in one of Pillow's `formats` (default: any).
+
+    Raises UserError if it can't be used.
+    """
+    content = b""
     try:
+        content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(Path(file) if isinstance(file, str) else file)  # "" crashes Pillow
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError("animated; give a single image")
+            image = Image.open(io.BytesIO(content), formats=formats)
+            # An MPO file is a photo of a phone: the first image, then a depth map or a gain map.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                kind = "has several pages" if image.format == "TIFF" else "animated"
+                raise UserError(f"{kind}; give a single image")
             image.load()
     except UnidentifiedImageError as error:
+        for name, pattern in UNSUPPORTED.items():
+            if re.search(pattern, content[:1000]):
+                raise UserError(f"{name} is not supported; export it as JPEG or PNG") from error
         raise UserError("not a readable image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError("too many pixels; give a smaller image") from error
@@ -61,8 +77,15 @@ def read_picture(file):
 def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
     image = upright(image)
-    factor = math.ceil(max(image.size) / SEARCH_SIDE)
-    rgb = np.asarray(image.reduce(factor), dtype=float)  # (H, W, 3)
+    rgb, factor = reduced(image)
+    sheet = find_sheet(rgb)
+    on_sheet = prepare_sheet(image if sheet is None else crop(image, sheet * factor))
+    return prepare_sheet(image) if NO_INK in on_sheet.warnings else on_sheet
+
+
+def prepare_sheet(image):
+    """Return the digit in an RGB image of nothing but paper and ink as a Prepared."""
+    rgb, factor = reduced(image)
     ink, threshold, noiseless = find_ink(rgb)
     digit, found = select_digit(ink, threshold, noiseless)
     if not digit.any():
@@ -70,16 +93,26 @@ def prepare(image):
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
     if side < SMALL * max(ink.shape) and factor > 1:
-        area = (box[:, ::-1] + [[-side], [side]]) * factor  # [[left, upper], [right, lower]]
-        closer = prepare(image.crop(area.clip(0, image.size).flatten().tolist()))
+        closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor))
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     if not noiseless:  # strokes have soft edges and uneven ink
         digit = np.minimum(digit, FULL * np.quantile(digit[digit > 0], 0.9))
     return Prepared(as_mnist(digit[top:bottom, left:right]), found)
 
 
+def reduced(image):
+    """An RGB image reduced to SEARCH_SIDE, float (H, W, 3), and the factor."""
+    factor = math.ceil(max(image.size) / SEARCH_SIDE)
+    return np.asarray(image.reduce(factor), dtype=float), factor
+
+
+def crop(image, box):
+    """Crop a Pillow image to a box as of `bounding_box`, as far as that is inside the image."""
+    return image.crop(box[:, ::-1].clip(0, image.size).flatten().tolist())
+
+
 def upright(image):
-    """Convert an image to RGB, rotated as its EXIF data says, on a white background."""
+    """Convert an image to RGB, rotated as its EXIF data says, on white; white ink on black."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
@@ -87,7 +120,10 @@ def upright(image):
         image = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white, black = (Image.new("RGBA", image.size, color) for color in ("white", "black"))
+        opaque = Image.alpha_composite(white, image)
+        visible = min(low for low, _ in opaque.getextrema()) < NEARLY_WHITE
+        image = opaque if visible else Image.alpha_composite(black, image)
     return image.convert("RGB")
 
 
@@ -186,43 +222,8 @@ def select_digit(ink, threshold, noiseless):
     return digit, tuple(dict.fromkeys(found))
 
 
-def bounding_box(mask):
-    """The box around the nonzero elements: [[top, left], [bottom, right]], the latter exclusive."""
-    indices = np.argwhere(mask)
-    return np.array([indices.min(axis=0), indices.max(axis=0) + 1])
-
-
-def longer_side(box):
-    return np.ptp(box, axis=0).max()
-
-
 def touches_edge(box, shape):
     return (box[0] == 0).any() or (box[1] == shape).any()
-
-
-def connected_components(mask):
-    """Label the 8-connected components of a mask: int (H, W), from 1; 0 outside the mask."""
-    # Union-find on the runs of pixels in each row; runs that touch in adjacent rows are merged.
-    width = mask.shape[1] + 2
-    steps = np.diff(np.pad(mask, 1).ravel().astype(np.int8))
-    start, stop = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
-    first = np.searchsorted(stop, start + width)
-    last = np.searchsorted(start, stop + width, "right")
-    parent = list(range(len(start)))
-
-    def root(run):
-        while parent[run] != run:
-            parent[run] = parent[parent[run]]
-            run = parent[run]
-        return run
-
-    for run in range(len(start)):
-        for below in range(first[run], last[run]):
-            parent[root(below)] = root(run)
-    _, component = np.unique([root(run) for run in range(len(parent))], return_inverse=True)
-    labels = np.zeros(mask.shape, dtype=int)
-    labels[mask] = np.repeat(component + 1, stop - start)
-    return labels
 
 
 def as_mnist(ink):

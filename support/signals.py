@@ -1,6 +1,7 @@
 """Stopping on Ctrl-C or SIGTERM at a point where nothing is lost."""
 
 import signal
+import threading
 from contextlib import contextmanager
 
 
@@ -34,15 +35,19 @@ NEVER = StopFlag()  # is never set
 
 @contextmanager
 def stop_on_signals():
-    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once."""
+    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once.
+
+    In another thread than the main one, which alone may handle signals, it is never set.
+    """
     flag, previous = StopFlag(), {}
+    in_main_thread = threading.current_thread() is threading.main_thread()
 
     def handle(signum, frame):
         flag.signum = signum
         for caught in previous:
             signal.signal(caught, signal.SIG_DFL)
 
-    for caught in (signal.SIGINT, signal.SIGTERM):
+    for caught in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
         previous[caught] = signal.signal(caught, handle)
     try:
         yield flag

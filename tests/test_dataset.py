@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import InterpolationMode, affine
 
@@ -20,6 +20,19 @@ AFFINE = Affine(10, 0.1, 0.1, 10)
 @pytest.fixture(scope="module")
 def digits():
     return synthetic_mnist("train", 500)
+
+
+def test_several_items_come_stacked(data_dir):
+    items = MNISTSum(load_data("mnist", data_dir).train, "train")
+    expected = [torch.stack(parts) for parts in zip(*(items[i] for i in range(4)), strict=True)]
+    sampler = BatchSampler(range(4), batch_size=4, drop_last=False)
+    loader = DataLoader(items, sampler=sampler, batch_size=None)
+    for batch in (items[0:4], items[[0, 1, 2, 3]], next(iter(loader))):
+        for part, whole in zip(batch, expected, strict=True):
+            torch.testing.assert_close(part, whole)
+    assert torch.equal(items[-1][0], items[len(items) - 1][0])
+    with pytest.raises(IndexError):
+        items[len(items)]
 
 
 def test_an_item_is_image_digit_addend_and_sum(data_dir):

@@ -5,8 +5,9 @@ import os
 
 import numpy as np
 import pytest
-from photographs import DAMAGES, photograph
-from PIL import Image, ImageDraw
+from drawings import DRAWINGS, drawing, letterboxed
+from photographs import DAMAGES, make_pictures, photograph
+from PIL import Image, ImageDraw, ImageOps
 
 from dataset import load_data
 from support.errors import UserError
@@ -166,6 +167,63 @@ def test_a_photograph_gives_nearly_the_digit_that_was_written(damage):
     assert sorted(correlations)[1] > (0.55 if damage == "thin pen" else 0.75)
 
 
+@pytest.mark.parametrize("scene", [*DRAWINGS.values(), letterboxed])
+def test_a_digit_is_found_on_its_sheet_canvas_or_screen(scene):
+    correlations = []
+    for seed in range(12):
+        rng = np.random.default_rng([7, seed])
+        _, coverage = drawing(rng)
+        drawn = Image.fromarray((255 * coverage).astype(np.uint8))
+        paper = as_paper(drawn) if scene == letterboxed else coverage
+        correlations.append(correlation(prepare(scene(paper, rng)), prepare(drawn)))
+    assert sorted(correlations)[1] > 0.8
+
+
+def test_a_sheet_is_found_on_a_desk():
+    pictures, _, images = make_pictures(
+        "desk", synthetic_mnist("test", 40), 12, np.random.default_rng(7)
+    )
+    pairs = zip(pictures, images, strict=True)
+    correlations = [
+        correlation(prepare(picture), prepare(Image.fromarray(image).resize((168, 168))))
+        for picture, image in pairs
+    ]
+    assert sorted(correlations)[1] > 0.7  # it is turned and distorted
+
+
+def as_paper(drawn):
+    """Dark ink on light paper."""
+    return ImageOps.invert(drawn).convert("RGB")
+
+
+def test_a_digit_with_a_loop_is_not_taken_for_a_sheet():
+    zero = Image.new("L", (200, 200), 255)
+    ImageDraw.Draw(zero).rounded_rectangle([60, 40, 140, 160], 30, outline=0, width=24)
+    prepared = prepare(zero)
+    assert prepared.warnings == () and prepared.pixels[14, 14] == 0
+    assert prepared.pixels[14].max() == 255
+
+
+def test_the_first_picture_of_a_phones_photo_is_read(tmp_path):
+    depth = Image.new("RGB", (50, 50))
+    seven().save(tmp_path / "seven.jpg", "MPO", save_all=True, append_images=[depth])
+    assert similar(prepare(read_picture(str(tmp_path / "seven.jpg"))), prepare(seven()))
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"%PDF-1.7", "PDF"),
+        (b"<?xml version='1.0'?><svg></svg>", "SVG"),
+    ],
+)
+def test_a_format_that_is_not_supported_is_named(tmp_path, content, name):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match=f"^{name} .* JPEG or PNG$"):
+        read_picture(str(tmp_path / "file"))
+
+
 def as_file(content):
     return lambda directory: (directory / "file").write_bytes(content)
 
@@ -184,6 +242,9 @@ BAD = {
     "cut off": as_file(png(seven())[:300]),
     "1x1": as_file(png(Image.new("L", (1, 1)))),
     "too many pixels": as_file(png(Image.new("1", (20_000, 20_000)))),
+    "several pages": lambda directory: seven().save(
+        directory / "file", "TIFF", save_all=True, append_images=[seven(ink="red")]
+    ),
     "animated": lambda directory: seven().save(
         directory / "file", "GIF", save_all=True, append_images=[seven(ink="red")]
     ),

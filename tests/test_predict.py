@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 import weakref
 import zipfile
 from pathlib import Path
@@ -165,6 +169,37 @@ def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
     names = ("digit", "digit_probability", "sum", "sum_probability")
     assert status == 1 and [record[name] for name in names] == [None] * 4
     assert record["warnings"] == ["no ink found"] and err == "warning: white.png: no ink found\n"
+
+
+def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
+    content = (workdir / "0.png").read_bytes()
+    status, _, err = command("0.png", "1.png", "--save-picture", "./0.png")
+    assert status == 2 and "overwrite" in err
+    assert (workdir / "0.png").read_bytes() == content
+
+
+def predict_process(trained, *arguments, shell="", encoding="utf-8"):
+    """predict.py as a process, with the redirections of a shell."""
+    command = shlex.join([sys.executable, str(ROOT / "predict.py"), str(trained), *arguments])
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(f"{command} {shell}", shell=True, env=environment, capture_output=True)
+
+
+def test_names_that_the_stream_cannot_encode_are_escaped(trained, pictures, workdir):
+    names = ["Zahl \u2713.png", "missing \u2713.png"]
+    shutil.copy("0.png", names[0])
+    done = predict_process(trained, *names, encoding="latin-1")
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert done.stdout.startswith(b"Zahl \\u2713.png: digit ")
+    assert done.stderr.startswith(b"error: missing \\u2713.png: ")
+
+
+@pytest.mark.skipif("os.name != 'posix'", reason="needs a POSIX shell")
+def test_closed_streams_are_no_traceback(trained, pictures):
+    done = predict_process(trained, "-", shell="<&-")
+    assert done.returncode == 1 and re.fullmatch(b"error: -: [^\n]+\n", done.stderr), done.stderr
+    done = predict_process(trained, "missing.png", "0.png", "--json", shell="2>&-")
+    assert done.returncode == 1 and len(json.loads(done.stdout)) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def interrupt_in(monkeypatch, module, name):
     function = getattr(module, name)
     interrupt = partial(signal.raise_signal, signal.SIGINT)
     monkeypatch.setattr(module, name, lambda *args: interrupt() or function(*args))
+
+
+def test_training_in_another_thread(job):
+    with ThreadPoolExecutor() as pool:
+        future = pool.submit(job, "--recipe", "fast", "--dry-run", "--quiet")
+    assert future.result()[0] == 0
+
+
+def test_a_run_finds_its_data_from_another_directory(job, workdir, monkeypatch):
+    assert job("--recipe", "fast", "--quiet", "--output-dir", "run")[0] == 0
+    (workdir / "elsewhere").mkdir()
+    monkeypatch.chdir(workdir / "elsewhere")
+    status, out, err = job("--resume", "../run", "--eval-only")
+    assert (status, err) == (0, "") and out.startswith("result   test: digit ")
 
 
 def test_output_and_files_of_a_run(job_with_plots):

@@ -1,0 +1,123 @@
+"""Finds the sheet, canvas or screen with the ink in a picture that shows more than that."""
+
+import numpy as np
+
+MIN_PICTURE = 64  # pixels; a smaller picture is nothing but a sheet
+MIN_AREA = 0.05  # of the picture
+SOLID, WIDE = 0.7, 0.4  # a hole that fills so much of its box, so wide, is the inside of a 0
+RECTANGULAR = 0.87  # of the smallest rectangle around it; an ellipse fills 0.79
+INK_SIDE = 0.15  # longer side of the ink, as a fraction of the sheet's shorter side
+BLUR = 2  # pixels at the sheet's edge that are left out
+
+
+def find_sheet(rgb):
+    """The box of the sheet in a picture, float (H, W, 3), as of `bounding_box`; None if unknown.
+
+    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink. The largest is
+    chosen of those that contain no other. It may be the whole picture.
+    """
+    gray, sheets = rgb.mean(axis=2), []
+    if max(gray.shape) < MIN_PICTURE:
+        return None
+    for mask in similar_pixels(gray):
+        labels = connected_components(mask)
+        areas = np.bincount(labels.ravel())
+        areas[0] = 0  # label 0 is the rest of the picture
+        for label in np.flatnonzero(areas > MIN_AREA * gray.size):
+            sheet, hole = fill_holes(labels == label, mask)
+            if hole is not None and is_rectangle(sheet):
+                box = grow(bounding_box(hole), sheet)
+                if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else it is not all of one piece
+                    sheets.append((sheet.sum(), sheet, box))
+    sheets.sort(key=lambda one: one[0])
+    innermost = [
+        box
+        for i, (_, sheet, box) in enumerate(sheets)
+        if not any(sheet[smaller].all() for _, smaller, _ in sheets[:i])
+    ]
+    if not innermost:
+        return None
+    box = innermost[-1]
+    return box + np.where(box == [[0, 0], gray.shape], 0, [[BLUR], [-BLUR]])
+
+
+def similar_pixels(gray):
+    """Yield masks of pixels of one brightness: light and dark ones, in narrow and wide ranges."""
+    counts = np.bincount(gray.astype(int).ravel(), minlength=256)
+    dark, moment = np.cumsum(counts) / gray.size, np.cumsum(counts * np.arange(256)) / gray.size
+    # Otsu's threshold (1979) has the largest variance between the two classes.
+    variance = (moment[-1] * dark - moment) ** 2 / np.maximum(dark * (1 - dark), 1e-9)
+    light = gray > variance.argmax() + 1
+    if light.any() and not light.all():
+        high, low = np.median(gray[light]), np.median(gray[~light])
+        for tolerance in (0.15, 0.5):  # narrow for a thin frame that was reduced to half its color
+            yield gray > high - tolerance * (high - low)
+            yield gray < low + tolerance * (high - low)
+
+
+def fill_holes(region, mask):
+    """A region with its holes filled, and the largest stroke in them; None if that is no ink."""
+    labels = connected_components(np.pad(~region, 1, constant_values=True))
+    filled = (labels != labels[0, 0])[1:-1, 1:-1]
+    holes = connected_components(filled & ~mask)  # without the inside of a 0
+    if not holes.any():
+        return filled, None
+    hole = holes == np.bincount(holes[holes > 0]).argmax()
+    sides, sheet_sides = (np.ptp(bounding_box(mask), axis=0) for mask in (hole, filled))
+    loop = hole.sum() > SOLID * sides.prod() and (sides > WIDE * sheet_sides).all()
+    return filled, None if loop or sides.max() < INK_SIDE * sheet_sides.min() else hole
+
+
+def is_rectangle(mask):
+    """Whether a mask fills most of the smallest rectangle, at any angle, around it."""
+    points = np.argwhere(np.diff(np.pad(mask, ((0, 0), (1, 1)))))  # the ends of the rows: (N, 2)
+    angles = np.radians(np.arange(0, 180, 3))
+    extent = np.ptp(points @ np.stack([np.cos(angles), np.sin(angles)]), axis=0)
+    return mask.sum() > RECTANGULAR * (extent * np.roll(extent, 30)).min()  # at right angles
+
+
+def grow(box, mask):
+    """Grow a box at all four sides as far as it stays inside a mask."""
+    previous = None
+    while not np.array_equal(previous, box):
+        previous = box
+        for side in np.eye(4, dtype=int).reshape(4, 2, 2) * [[-1], [1]]:
+            (top, left), (bottom, right) = larger = box + side
+            inside = (larger[0] >= 0).all() and (larger[1] <= mask.shape).all()
+            box = larger if inside and mask[top:bottom, left:right].all() else box
+    return box
+
+
+def bounding_box(mask):
+    """The box around the nonzero elements: [[top, left], [bottom, right]], the latter exclusive."""
+    indices = np.argwhere(mask)
+    return np.array([indices.min(axis=0), indices.max(axis=0) + 1])
+
+
+def longer_side(box):
+    return np.ptp(box, axis=0).max()
+
+
+def connected_components(mask):
+    """Label the 8-connected components of a mask: int (H, W), from 1; 0 outside the mask."""
+    # Union-find on the runs of pixels in each row; runs that touch in adjacent rows are merged.
+    width = mask.shape[1] + 2
+    steps = np.diff(np.pad(mask, 1).ravel().astype(np.int8))
+    start, stop = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    first = np.searchsorted(stop, start + width)
+    last = np.searchsorted(start, stop + width, "right")
+    parent = list(range(len(start)))
+
+    def root(run):
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    for run in range(len(start)):
+        for below in range(first[run], last[run]):
+            parent[root(below)] = root(run)
+    _, component = np.unique([root(run) for run in range(len(parent))], return_inverse=True)
+    labels = np.zeros(mask.shape, dtype=int)
+    labels[mask] = np.repeat(component + 1, stop - start)
+    return labels
