@@ -73,7 +73,7 @@ def test_without_a_gpu_auto_takes_the_cpu_silently_and_cuda_says_why(monkeypatch
 
 class Unusable:
     def __add__(self, other):
-        raise torch.AcceleratorError(f"{NO_KERNEL}\nCUDA kernel errors might be reported later")
+        raise RuntimeError(f"{NO_KERNEL}\nCUDA kernel errors might be reported later")
 
 
 def out_of_memory(size, device):
