@@ -138,4 +138,5 @@ def test_ci_runs_the_test_command():
 
 def test_uv_installs_what_pip_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "\nuv run train.py --epochs 5 " in README
     assert project["dependencies"] == (ROOT / "requirements.txt").read_text().split()
