@@ -3,14 +3,11 @@
 python predict.py runs/default five.png --add 7
 python predict.py runs/default *.jpg --json
 python predict.py runs/default --export digits.pt2
+python predict.py runs/default --export digits.onnx
 """
 
-import io
 import json
-import statistics
 import sys
-import timeit
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,32 +16,15 @@ import torch.nn.functional as F
 from recipes import load_model
 from support.args import Parser
 from support.console import exit_status, log, warn
-from support.constants import NUM_DIGITS, SIDE
+from support.constants import NUM_DIGITS
 from support.errors import UserError
+from support.export import FORMATS, export
 from support.files import write_atomic
 from support.handwriting import NO_INK, prepare, read_picture, upright
 
 BATCH = 256  # images
 UNSURE, DOUBTFUL = 0.65, "the digit is doubtful"  # the warning below this probability
 MAX_PLOTTED = 20  # images
-MODEL_CARD = """# {name}
-
-Recognizes a handwritten digit and predicts its sum with a given number from 0 to 9.
-
-- Model: recipe `{recipe}`, {parameters:,} parameters.
-- Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
-- Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
-- Inference time (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
-  {milliseconds[1]:.0f} ms for 256.
-- Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
-
-```python
-import torch
-model = torch.export.load("{name}").module()
-pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)  # light on dark; any batch size
-digit_probabilities, sum_probabilities = model(pixels, torch.tensor([7]))  # (1, 10), (1, 19)
-```
-"""
 
 
 def parse_args(argv):
@@ -55,13 +35,14 @@ def parse_args(argv):
     flag("--add", type=int, choices=range(10), default=0, metavar="N", help="0 to 9 (default: 0)")
     flag("--json", action="store_true", help="print a JSON list with one object per image")
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
-    flag("--export", type=Path, metavar="FILE.pt2", help="export the network, with a model card")
+    text = "export the network, with a model card; .pt2 is for PyTorch, .onnx for other runtimes"
+    flag("--export", type=Path, metavar="FILE", help=text)
     args = parser.parse_args(argv)
     if not args.image and not args.export:
         parser.error("nothing to do: give an image or --export")
-    for path, suffix in ((args.save_picture, ".png"), (args.export, ".pt2")):
-        if path and path.suffix != suffix:
-            parser.error(f"{path} does not end in {suffix}")
+    for path, suffixes in ((args.save_picture, [".png"]), (args.export, FORMATS)):
+        if path and path.suffix not in suffixes:
+            parser.error(f"{path} does not end in {' or '.join(suffixes)}")
     if args.save_picture and args.save_picture.resolve() in [Path(p).resolve() for p in args.image]:
         parser.error(f"--save-picture would overwrite the image {args.save_picture}")
     if args.save_picture and len(args.image) > MAX_PLOTTED:
@@ -78,11 +59,9 @@ def main(argv):
     if caveat := training_caveat(checkpoint["flags"]):
         warn(f"warning: the network was trained on {caveat}")
     if args.export:
-        card = model_card(args.export.name, predictor, checkpoint).encode()
-        card_path = args.export.with_name(f"{args.export.name}.md")
-        for path, content in ((args.export, as_pt2(predictor)), (card_path, card)):
-            write_atomic(path, content)
-            log(f"exported {path}", sys.stderr if args.json else sys.stdout)
+        data = training_caveat(checkpoint["flags"]) or "MNIST"
+        for path in export(args.export, predictor, checkpoint, data):
+            (warn if args.json else log)(f"exported {path}")
 
     files, originals, prepared = [], [], []
     for file in args.image:
@@ -177,35 +156,6 @@ def as_line(record):
     percent, sum_percent = (100 * record[f"{name}_probability"] for name in ("digit", "sum"))
     text = "digit {digit} ({percent:.1f} %)  {digit} + {addend} = {sum} ({sum_percent:.1f} %)"
     return text.format(percent=percent, sum_percent=sum_percent, **record)
-
-
-def as_pt2(predictor):
-    """The network as the content of a .pt2 file, for any batch size."""
-    batch = {0: torch.export.Dim("batch")}
-    example = torch.zeros(2, SIDE, SIDE).byte(), torch.zeros(2).long()
-    program = torch.export.export(predictor, example, dynamic_shapes=(batch, batch))
-    for module in program.graph_module.modules():
-        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # contains paths of this machine
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    return content.getbuffer()
-
-
-def model_card(name, predictor, checkpoint):
-    """The model card of an exported network, in Markdown."""
-    milliseconds = []
-    for batch_size in (1, 256):
-        inputs = torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
-        times = timeit.repeat(partial(predictor, *inputs), number=1, repeat=12)
-        milliseconds.append(1000 * statistics.median(times[2:]))  # the first two are warm-up
-    return MODEL_CARD.format(
-        name=name,
-        data=training_caveat(checkpoint["flags"]) or "MNIST",
-        milliseconds=milliseconds,
-        **checkpoint["history"][-1],
-        **checkpoint["info"] | {"threads": torch.get_num_threads()},
-    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from support.args import Parser, number, train_parser  # noqa: E402
 from support.augment import Affine  # noqa: E402
 from support.console import exit_status  # noqa: E402
 from support.constants import NUM_DIGITS, SIDE  # noqa: E402
+from support.device import cpu_capabilities  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.files import write_atomic  # noqa: E402
 from support.rundir import LAST, RUNS  # noqa: E402
@@ -199,7 +200,7 @@ def provenance(script, argv):
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # git is not installed
         commit = ""
-    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    processor = cpu_capabilities().get("cpu_name", platform.machine())
     return {
         "command": shlex.join(["python", f"benchmarks/{script}.py", *argv]),
         "commit": commit or "unknown",

@@ -69,8 +69,16 @@ def has_fast_bf16(device):
     """Whether a device has bf16 arithmetic in hardware. Emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    capabilities = cpu_capabilities() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def cpu_capabilities():
+    """What PyTorch knows about the processor, as a dict; older versions know less, or nothing."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    query = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return {"avx512_bf16": query()} if query else {}
 
 
 def move_model(model, device):

@@ -1,8 +1,10 @@
 """The processes that torchrun starts: their ranks, and what they exchange. Also works for one."""
 
 import os
+import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -97,10 +99,15 @@ def broadcast_buffers(model):
 def abort():
     """Cancel pending communication, for which a GPU would wait: ranks may stop at any step."""
     if world_size() > 1:
-        (_gpu_group or dist.group.WORLD).abort()
+        group = _gpu_group or dist.group.WORLD
+        if not hasattr(group, "abort"):  # torch 2.6: NCCL can be aborted, Gloo cannot
+            group = group._get_backend(torch.device("cuda" if _gpu_group else "cpu"))
+        getattr(group, "abort", lambda: None)()
 
 
 def close():
     """Leave the process group. Not after an error, since other ranks might never get here."""
     if dist.is_initialized():
+        # torch 2.6 hangs if one of Gloo's threads still needs the interpreter to free a tensor.
+        time.sleep(0.1)
         dist.destroy_process_group()

@@ -73,7 +73,7 @@ def test_without_a_gpu_auto_takes_the_cpu_silently_and_cuda_says_why(monkeypatch
 
 class Unusable:
     def __add__(self, other):
-        raise torch.AcceleratorError(f"{NO_KERNEL}\nCUDA kernel errors might be reported later")
+        raise RuntimeError(f"{NO_KERNEL}\nCUDA kernel errors might be reported later")
 
 
 def out_of_memory(size, device):
@@ -151,7 +151,16 @@ CAPABILITIES = [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": Tru
 
 @pytest.mark.parametrize("capabilities, precision", CAPABILITIES)
 def test_a_cpu_uses_bf16_if_it_is_fast(monkeypatch, capabilities, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert pick_precision("auto", CPU) == precision
+
+
+@pytest.mark.parametrize("query, precision", [(True, "bf16"), (False, "fp32"), (None, "fp32")])
+def test_an_old_torch_is_asked_for_bf16_if_it_can_tell(monkeypatch, query, precision):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    if query is not None:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: query, raising=False)
     assert pick_precision("auto", CPU) == precision
 
 

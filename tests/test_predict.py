@@ -1,5 +1,7 @@
 """predict.py: predictions for pictures, their output, and the exported network."""
 
+import ast
+import importlib.util
 import io
 import json
 import os
@@ -23,7 +25,7 @@ import predict
 import train
 from dataset import Source
 from recipes import load_model
-from support import plots
+from support import export, plots
 from support.handwriting import prepare
 from support.synthetic import synthetic_mnist
 
@@ -79,6 +81,17 @@ def command(trained, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def exported_onnx(command):
+    """digits.onnx; skips the test if torch is too old for the installed exporter."""
+    status, out, err = command("--export", "digits.onnx")
+    if torch.__version__ < "2.11" and "install a newer version" in err:
+        assert (status, out) == (1, "") and re.fullmatch(r"error: [^\n]+\n", err)
+        pytest.skip(err.strip())
+    assert (status, out) == (0, "exported digits.onnx\nexported digits.onnx.md\n")
+    return Path("digits.onnx")
 
 
 def load_predictor(run):
@@ -283,9 +296,73 @@ def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(comma
     digit, _ = exported(DIGITS.data, torch.zeros(40).long())
     assert (digit.argmax(dim=1) == DIGITS.targets).sum() >= 36
 
-    card = Path("digits.pt2.md").read_text()
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), names)
+    names = run_card("digits.pt2.md")
     assert names["digit_probabilities"].shape == (1, 10)
     assert names["sum_probabilities"].shape == (1, 19)
+
+
+def run_card(path):
+    """Check a model card, and run its code; returns the variables."""
+    card, names = Path(path).read_text(), {}
     assert "fast" in card and "214,905 parameters" in card
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), names)
+    return names
+
+
+def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trained):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    content, predictor = exported_onnx.read_bytes(), load_predictor(trained)
+    for path in (ROOT, torch.__path__[0], Path.home()):  # no paths of this machine
+        assert str(path).encode() not in content
+    assert sorted(path.name for path in Path().glob("*.onnx*")) == ["digits.onnx", "digits.onnx.md"]
+    session = onnxruntime.InferenceSession("digits.onnx")
+    assert [one.name for one in session.get_inputs()] == ["pixels", "addend"]
+    pixels = DIGITS.data.repeat(7, 1, 1)
+    for count in (1, 2, 256):
+        for addend in range(10):
+            batch, addends = pixels[:count], torch.full((count,), addend)
+            outputs = session.run(None, {"pixels": batch.numpy(), "addend": addends.numpy()})
+            for ours, theirs in zip(outputs, predictor(batch, addends), strict=True):
+                torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-4, rtol=0)
+                assert (ours.argmax(axis=1) == theirs.numpy().argmax(axis=1)).all()
+    names = run_card("digits.onnx.md")
+    assert names["digit_probabilities"].shape == (1, 10)
+    assert names["sum_probabilities"].shape == (1, 19)
+    assert "Inference time in onnxruntime" in Path("digits.onnx.md").read_text()
+
+
+def test_nothing_but_the_result_of_an_onnx_export_is_printed(exported_onnx, trained):
+    """In a new process, in which the exporter could print before anything is captured."""
+    command = [sys.executable, ROOT / "predict.py", trained, "--export", "again.onnx"]
+    call = subprocess.run(command, capture_output=True, text=True)
+    assert call.stdout == "exported again.onnx\nexported again.onnx.md\n" and call.stderr == ""
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_a_missing_onnx_package_is_one_line(command, monkeypatch, missing):
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == missing else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    status, out, err = command("--export", "digits.onnx")
+    assert (status, out) == (1, "") and not Path("digits.onnx").exists()
+    assert re.fullmatch(r"error: [^\n]*pip install onnx onnxscript\n", err), err
+
+
+def test_a_directory_that_does_not_exist_is_one_line(command):
+    status, out, err = command("--export", "nowhere/digits.pt2")
+    assert (status, out) == (1, "") and re.fullmatch(r"error: cannot write [^\n]+\n", err), err
+
+
+@pytest.mark.parametrize("suffix", export.FORMATS)
+def test_the_code_of_a_card_is_valid_for_any_file_name(trained, monkeypatch, suffix):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    _, checkpoint = load_model(trained)
+    path = Path(f'o\'ne "two" {{three}}{suffix}')
+    card = export.model_card(path, load_predictor(trained), b"", checkpoint, "MNIST")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    (name,) = (node.value for node in ast.walk(ast.parse(code)) if is_name(node, suffix))
+    assert name == path.name
+
+
+def is_name(node, suffix):
+    return isinstance(node, ast.Constant) and str(node.value).endswith(suffix)

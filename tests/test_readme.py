@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from unittest.mock import ANY, patch
 
 import gpu
@@ -133,3 +134,9 @@ def test_ci_runs_the_test_command():
     (line,) = (line for line in lines if line.startswith("eval "))
     shown = subprocess.check_output(["bash", "-c", f"echo {line[5:]}"], cwd=ROOT, text=True)
     assert shown in BLOCKS and shown.endswith(" -m pytest\n")
+
+
+def test_uv_installs_what_pip_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "\nuv run train.py --epochs 5 " in README
+    assert project["dependencies"] == (ROOT / "requirements.txt").read_text().split()

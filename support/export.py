@@ -1,0 +1,132 @@
+"""A trained network as a file for other programs, and its model card."""
+
+import importlib.util
+import io
+import timeit
+import warnings
+from functools import partial
+
+import torch
+
+from support.constants import SIDE
+from support.errors import UserError
+from support.files import write_atomic
+
+INPUTS, OUTPUTS = ("pixels", "addend"), ("digit_probabilities", "sum_probabilities")
+REPEATS = 10
+MODEL_CARD = """# {name}
+
+Recognizes a handwritten digit and predicts its sum with a given number from 0 to 9.
+
+- Model: recipe `{recipe}`, {parameters:,} parameters.
+- Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
+- Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
+- Inference time in {runtime} (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
+  {milliseconds[1]:.0f} ms for 256. This is the fastest of {repeats} calls on the machine that
+  exported the network, which may have been busy.
+- Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
+
+```python
+{code}
+```
+"""
+PT2_CODE = """import torch
+model = torch.export.load({name!r}).module()
+pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)  # light on dark; any batch size
+digit_probabilities, sum_probabilities = model(pixels, torch.tensor([7]))  # (1, 10), (1, 19)"""
+ONNX_CODE = """import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession({name!r})
+pixels = np.zeros((1, 28, 28), np.uint8)  # light on dark; any batch size
+inputs = {{"pixels": pixels, "addend": np.array([7], np.int64)}}
+digit_probabilities, sum_probabilities = session.run(None, inputs)  # (1, 10), (1, 19)"""
+FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: the code of the model card
+
+
+def export(path, predictor, checkpoint, data):
+    """Write a network and its model card in the format of the suffix, a key of FORMATS.
+
+    Args:
+        predictor: the module that maps uint8 (B, 28, 28) and int64 (B,) to two probabilities.
+        data: text on what the network of the checkpoint was trained on.
+
+    Returns:
+        The paths of both files.
+    """
+    program = trace(predictor)
+    content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
+    card_path = path.with_name(f"{path.name}.md")
+    card = model_card(path, predictor, content, checkpoint, data)
+    write_atomic(path, content)
+    write_atomic(card_path, card.encode(errors="replace"))  # a file name may not be valid text
+    return path, card_path
+
+
+def trace(predictor):
+    """The network as an ExportedProgram for any batch size."""
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
+    return program
+
+
+def example(batch_size):
+    return torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
+
+
+def as_pt2(program):
+    """The content of a .pt2 file, bytes-like."""
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getbuffer()
+
+
+def as_onnx(program):
+    """The content of an .onnx file, in bytes. Raises UserError if the exporter is unavailable."""
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise UserError("exporting to .onnx needs two packages: pip install onnx onnxscript")
+    options = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: "batch"}, {0: "batch"})}
+    options |= {"input_names": INPUTS, "output_names": OUTPUTS}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exported = torch.onnx.export(program, **options)
+    except torch.onnx.OnnxExporterError as error:
+        message = f"torch {torch.__version__} cannot export to .onnx; install a newer version"
+        raise UserError(message) from error
+    return exported.model_proto.SerializeToString()
+
+
+def model_card(path, predictor, content, checkpoint, data):
+    """The model card of an exported network, in Markdown."""
+    runtime, infer = "PyTorch", predictor
+    if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime"):
+        runtime, infer = "onnxruntime", onnx_session(content)
+    seconds = [
+        min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=REPEATS))
+        for size in (1, 256)
+    ]
+    return MODEL_CARD.format(
+        name=path.name,
+        data=data,
+        runtime=runtime,
+        milliseconds=[1000 * value for value in seconds],
+        repeats=REPEATS,
+        code=FORMATS[path.suffix].format(name=path.name),
+        **checkpoint["history"][-1],
+        **checkpoint["info"] | {"threads": torch.get_num_threads()},
+    )
+
+
+def onnx_session(content):
+    """The content of an .onnx file in onnxruntime, as a function of the same two tensors."""
+    import onnxruntime  # optional
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options)
+
+    def infer(pixels, addends):
+        return session.run(None, dict(zip(INPUTS, (pixels.numpy(), addends.numpy()), strict=True)))
+
+    return infer
