@@ -23,7 +23,8 @@ from support.files import write_atomic
 from support.handwriting import NO_INK, prepare, read_picture, upright
 
 BATCH = 256  # images
-UNSURE, DOUBTFUL = 0.65, "the digit is doubtful"  # the warning below this probability
+DOUBTFUL = "the digit is doubtful"
+UNSURE = 0.65  # warn if the digit is less probable than this
 MAX_PLOTTED = 20  # images
 
 
@@ -60,8 +61,9 @@ def main(argv):
         warn(f"warning: the network was trained on {caveat}")
     if args.export:
         data = training_caveat(checkpoint["flags"]) or "MNIST"
+        report = warn if args.json else log  # stdout is for the JSON
         for path in export(args.export, predictor, checkpoint, data):
-            (warn if args.json else log)(f"exported {path}")
+            report(f"exported {path}")
 
     files, originals, prepared = [], [], []
     for file in args.image:
@@ -140,7 +142,7 @@ def predict(predictor, prepared, addend):
 
 
 def make_record(file, prepared, digits, sums, addend):
-    """The prediction for an image, in JSON types; None if it has no ink."""
+    """The prediction for an image, in JSON types; its values are None if there is no ink."""
     record = {"file": file, "digit": None, "digit_probability": None, "addend": addend}
     record |= {"sum": None, "sum_probability": None, "warnings": list(prepared.warnings)}
     if NO_INK not in prepared.warnings:

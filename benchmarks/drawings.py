@@ -1,11 +1,11 @@
-"""Digits drawn as strokes on a canvas, and the surroundings in which people have such pictures."""
+"""Digits drawn as strokes on a canvas, and what surrounds such a canvas in people's pictures."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 # A style per line: the digit, then its strokes, each a list of points x,y from 0 to 100. A stroke
 # is a smooth curve through its points, with a corner where a point is repeated.
-STYLES = """
+STYLE_LINES = """
 0: 50,0 18,22 10,52 22,88 50,100 80,86 90,50 80,16 50,0
 0: 62,4 30,10 8,45 14,84 44,100 78,82 92,42 78,8 48,2
 0: 50,0 12,20 12,80 50,100 88,80 88,20 50,0 | 78,14 78,14 22,88
@@ -190,6 +190,7 @@ def as_picture(scene):
 
 
 def parse_styles(text):
+    """Styles as (digit, strokes), where a stroke is an array of points (N, 2) from 0 to 1."""
     styles = []
     for line in text.strip().splitlines():
         digit, strokes = line.split(":")
@@ -198,6 +199,6 @@ def parse_styles(text):
     return styles
 
 
-STYLES = parse_styles(STYLES)
+STYLES = parse_styles(STYLE_LINES)
 DRAWINGS = {"drawing": canvas, "frame": framed, "dark canvas": dark_canvas}
 DRAWINGS |= {"transparent": transparent, "screenshot": screenshot}

@@ -2,8 +2,7 @@
 
 `prepare` finds the sheet, separates ink from paper and normalizes the digit as in MNIST: crop, pad
 to a square, shrink to 20x20 by area averaging, scale the maximum to 255, shift the center of mass
-to index 14.
-MNIST's own digits change by at most one gray level.
+to index 14. MNIST's own digits change by at most one gray level.
 """
 
 import io
@@ -79,8 +78,11 @@ def prepare(image):
     image = upright(image)
     rgb, factor = reduced(image)
     sheet = find_sheet(rgb)
-    on_sheet = prepare_sheet(image if sheet is None else crop(image, sheet * factor))
-    return prepare_sheet(image) if NO_INK in on_sheet.warnings else on_sheet
+    if sheet is not None:
+        prepared = prepare_sheet(crop(image, sheet * factor))
+        if NO_INK not in prepared.warnings:  # else it was not the sheet
+            return prepared
+    return prepare_sheet(image)
 
 
 def prepare_sheet(image):
@@ -101,13 +103,13 @@ def prepare_sheet(image):
 
 
 def reduced(image):
-    """An RGB image reduced to SEARCH_SIDE, float (H, W, 3), and the factor."""
+    """An RGB image, reduced to at most SEARCH_SIDE: float (H, W, 3), and the factor."""
     factor = math.ceil(max(image.size) / SEARCH_SIDE)
     return np.asarray(image.reduce(factor), dtype=float), factor
 
 
 def crop(image, box):
-    """Crop a Pillow image to a box as of `bounding_box`, as far as that is inside the image."""
+    """Crop a Pillow image to a box, [[top, left], [bottom, right]], clipped to the image."""
     return image.crop(box[:, ::-1].clip(0, image.size).flatten().tolist())
 
 

@@ -4,17 +4,18 @@ import numpy as np
 
 MIN_PICTURE = 64  # pixels; a smaller picture is nothing but a sheet
 MIN_AREA = 0.05  # of the picture
-SOLID, WIDE = 0.7, 0.4  # a hole that fills so much of its box, so wide, is the inside of a 0
+SOLID, WIDE = 0.7, 0.4  # a hole that fills this much of its box, and this much of the sheet's
+# height and width, is the inside of a 0
 RECTANGULAR = 0.87  # of the smallest rectangle around it; an ellipse fills 0.79
 INK_SIDE = 0.15  # longer side of the ink, as a fraction of the sheet's shorter side
 BLUR = 2  # pixels at the sheet's edge that are left out
 
 
 def find_sheet(rgb):
-    """The box of the sheet in a picture, float (H, W, 3), as of `bounding_box`; None if unknown.
+    """The sheet in a picture, float (H, W, 3): [[top, left], [bottom, right]], or None.
 
-    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink. The largest is
-    chosen of those that contain no other. It may be the whole picture.
+    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink. Of those that
+    contain no other sheet the largest is returned. It may be the whole picture.
     """
     gray, sheets = rgb.mean(axis=2), []
     if max(gray.shape) < MIN_PICTURE:
@@ -24,12 +25,12 @@ def find_sheet(rgb):
         areas = np.bincount(labels.ravel())
         areas[0] = 0  # label 0 is the rest of the picture
         for label in np.flatnonzero(areas > MIN_AREA * gray.size):
-            sheet, hole = fill_holes(labels == label, mask)
-            if hole is not None and is_rectangle(sheet):
-                box = grow(bounding_box(hole), sheet)
-                if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else it is not all of one piece
+            sheet, ink = fill_holes(labels == label, mask)
+            if ink is not None and is_rectangle(sheet):
+                box = grow(bounding_box(ink), sheet)
+                if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else its edge is that of a shadow
                     sheets.append((sheet.sum(), sheet, box))
-    sheets.sort(key=lambda one: one[0])
+    sheets.sort(key=lambda item: item[0])
     innermost = [
         box
         for i, (_, sheet, box) in enumerate(sheets)
@@ -56,16 +57,17 @@ def similar_pixels(gray):
 
 
 def fill_holes(region, mask):
-    """A region with its holes filled, and the largest stroke in them; None if that is no ink."""
+    """A region with its holes filled, and the ink in them: the largest stroke, or None."""
     labels = connected_components(np.pad(~region, 1, constant_values=True))
     filled = (labels != labels[0, 0])[1:-1, 1:-1]
     holes = connected_components(filled & ~mask)  # without the inside of a 0
     if not holes.any():
         return filled, None
-    hole = holes == np.bincount(holes[holes > 0]).argmax()
-    sides, sheet_sides = (np.ptp(bounding_box(mask), axis=0) for mask in (hole, filled))
-    loop = hole.sum() > SOLID * sides.prod() and (sides > WIDE * sheet_sides).all()
-    return filled, None if loop or sides.max() < INK_SIDE * sheet_sides.min() else hole
+    ink = holes == np.bincount(holes[holes > 0]).argmax()
+    sides, sheet_sides = (np.ptp(bounding_box(part), axis=0) for part in (ink, filled))
+    is_loop = ink.sum() > SOLID * sides.prod() and (sides > WIDE * sheet_sides).all()
+    is_small = sides.max() < INK_SIDE * sheet_sides.min()
+    return filled, None if is_loop or is_small else ink
 
 
 def is_rectangle(mask):

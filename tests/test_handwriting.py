@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 from drawings import DRAWINGS, drawing, letterboxed
-from photographs import DAMAGES, make_pictures, photograph
+from photographs import make_pictures
 from PIL import Image, ImageDraw, ImageOps
+from simulation import DAMAGES, photograph
 
 from dataset import load_data
 from support.errors import UserError

@@ -199,11 +199,11 @@ def predict_process(trained, *arguments, shell="", encoding="utf-8"):
 
 
 def test_names_that_the_stream_cannot_encode_are_escaped(trained, pictures, workdir):
-    names = ["Zahl \u2713.png", "missing \u2713.png"]
+    names = ["digit \u2713.png", "missing \u2713.png"]
     shutil.copy("0.png", names[0])
     done = predict_process(trained, *names, encoding="latin-1")
     assert done.returncode == 1 and b"Traceback" not in done.stderr
-    assert done.stdout.startswith(b"Zahl \\u2713.png: digit ")
+    assert done.stdout.startswith(b"digit \\u2713.png: digit ")
     assert done.stderr.startswith(b"error: missing \\u2713.png: ")
 
 
