@@ -225,7 +225,8 @@ def test_synthetic_digits_are_marked_everywhere(job, monkeypatch):
 def test_missing_mnist_is_explained_and_nothing_is_created(job):
     status, out, err = job(*FAST, "--dataset", "mnist", "--data-dir", "nowhere")
     assert (status, out) == (1, "") and one_line(err)
-    assert re.search("place .* in nowhere/MNIST/raw and pass --data-dir nowhere$", err)
+    path = re.escape(os.path.abspath("nowhere"))
+    assert re.search(f"place .* in {path}/MNIST/raw and pass --data-dir {path}$", err)
     assert os.listdir() == ["data"]
 
 
