@@ -125,6 +125,11 @@ def create_directory(args):
                 raise UserError(f"cannot create {path} ({error.strerror})") from error
 
 
+def latest_runs():
+    """The last checkpoints of the runs in RUNS, the most recent first."""
+    return sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True)
+
+
 def find_checkpoint(path):
     """The path of the checkpoint in a run directory, or of the checkpoint file itself."""
     found = Path(path, LAST) if os.path.isdir(path) else Path(path)
@@ -143,7 +148,7 @@ def checkpoint_to_resume(args):
         if path.name != LAST and not args.eval_only:
             raise UserError(f"only {LAST} can be resumed; name its directory or use --eval-only", 2)
         return path
-    for path in sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True):
+    for path in latest_runs():
         try:
             checkpoint = load_checkpoint(path)
         except UserError as error:

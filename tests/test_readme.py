@@ -32,6 +32,7 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", "".join(DOCS.values()), re.DOTALL)
 PARSERS = {
     "train.py": train_parser("", RECIPES).parse_args,
     "predict.py": predict.parse_args,
+    "demo.py": lambda argv: None,
     "benchmarks/seeds.py": seeds.parse_args,
     "benchmarks/speed.py": speed.parse_args,
     "benchmarks/gpu.py": gpu.parse_args,

@@ -1,0 +1,43 @@
+"""results/tiny.pt, the trained network in the repository."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from model import count_parameters
+from recipes import RECIPES, load_model
+
+PATH = ROOT / "results" / "tiny.pt"
+SHA256 = "d89be50f864932db6cad7e82cc46412b65fca5fa3cd9f3c1da895b3ed2231716"
+MNIST_DIR = os.environ.get("MNIST_DIR")
+
+
+def test_recipe_and_digest():
+    assert hashlib.sha256(PATH.read_bytes()).hexdigest() == SHA256
+    model, checkpoint = load_model(PATH)
+    assert checkpoint["recipe"] == RECIPES["tiny"].as_plain()
+    assert len(checkpoint["history"]) == RECIPES["tiny"].epochs
+    assert count_parameters(model) == checkpoint["info"]["parameters"] < 8000
+    assert checkpoint["calls"][0]["command"] in (ROOT / "README.md").read_text()
+
+
+def test_it_is_the_only_checkpoint():
+    command = ["git", "ls-files", "*.pt", "*.pth", "*.pt2", "*.onnx"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git repository")
+    assert files.stdout.split() == ["results/tiny.pt"]
+
+
+@pytest.mark.skipif(not MNIST_DIR, reason="needs MNIST in MNIST_DIR")
+def test_accuracy():
+    command = [sys.executable, "train.py", "--resume", PATH, "--eval-only", "--data-dir", MNIST_DIR]
+    line = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    digit, total = re.search(r"digit (\S+) %, sum (\S+) %", line).groups()
+    assert digit == total == "99.48"
+    assert f"`{PATH.relative_to(ROOT)}`" in (ROOT / "README.md").read_text()
