@@ -86,11 +86,11 @@ RECIPES = {
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
         optimizer="SGD", optimizer_options={"momentum": 0.7}, **PUBLISHED),
     "shared-trunk": Recipe(
-        "published: embedded number and features into one trunk for both heads",
-        published.two_conv, published.SharedTrunk, 100, 32, 0.01, **SHARED_TRUNK),
+        "published: embedded number and features into one trunk, two softmaxes",
+        published.two_conv, published.TwoSoftmaxes, 100, 32, 0.01, **SHARED_TRUNK),
     "shared-trunk-slow": Recipe(
         "published: shared-trunk with a tenth of the learning rate",
-        published.two_conv, published.SharedTrunk, 100, 32, 0.001, **SHARED_TRUNK),
+        published.two_conv, published.TwoSoftmaxes, 100, 32, 0.001, **SHARED_TRUNK),
     "concat-linear": Recipe(
         "published: digit logits and one-hot number into one linear layer",
         published.six_conv, published.ConcatLinear, 25, 64, 0.001, loss_weight=0.5,

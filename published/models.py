@@ -99,6 +99,18 @@ class SharedTrunk(nn.Module):
         return self.digit(shared), self.sum(shared)
 
 
+class TwoSoftmaxes(SharedTrunk):
+    """SharedTrunk with a second softmax in the training loss, as it was published.
+
+    The model applies log_softmax to what a head returns, here probabilities already. In evaluation
+    the logits are returned, so that the predicted probabilities are those of a single softmax.
+    """
+
+    def forward(self, features, addend):
+        outputs = super().forward(features, addend)
+        return tuple(F.softmax(logits, dim=1) for logits in outputs) if self.training else outputs
+
+
 class Added(nn.Module):
     """The addend, embedded in as many dimensions as the features, added to them -> FC 19."""
 
