@@ -91,13 +91,25 @@ RECIPES = {
     "shared-trunk-slow": Recipe(
         "published: shared-trunk with a tenth of the learning rate",
         published.two_conv, published.TwoSoftmaxes, 100, 32, 0.001, **SHARED_TRUNK),
+    "shared-trunk-fixed": Recipe(
+        "shared-trunk with one softmax and a decaying learning rate",
+        published.two_conv, published.SharedTrunk, 100, 32, 0.02,
+        **SHARED_TRUNK | {"schedule": one_cycle}),
     "concat-linear": Recipe(
         "published: digit logits and one-hot number into one linear layer",
         published.six_conv, published.ConcatLinear, 25, 64, 0.001, loss_weight=0.5,
         optimizer="Adam", **PUBLISHED),
+    "concat-linear-fixed": Recipe(
+        "concat-linear on probabilities, with a decaying learning rate",
+        published.six_conv, published.ConcatProbabilities, 5, 64, 0.001, loss_weight=0.5,
+        optimizer="Adam", **PUBLISHED | {"schedule": one_cycle}),
     "added": Recipe(
         "published: embedded number added to 60 features",
         published.two_conv_fc, published.Added, 12, 16, 0.001, optimizer="Adam", **PUBLISHED),
+    "added-fixed": Recipe(
+        "added on probabilities, with a decaying learning rate",
+        published.two_conv_fc, published.AddedProbabilities, 12, 16, 0.001, optimizer="Adam",
+        **PUBLISHED | {"schedule": one_cycle}),
 }
 # fmt: on
 

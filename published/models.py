@@ -123,3 +123,29 @@ class Added(nn.Module):
     def forward(self, features, addend):
         embedded = F.relu(self.embedding(addend))  # (B, F)
         return self.digit(features), self.sum(features + embedded)
+
+
+class OnProbabilities(nn.Module):
+    """A published head that gets probabilities instead of digit logits, its sum logits scaled.
+
+    If the digit d is certain, a linear layer can compute 2s(d + a) - s^2 from it and the addend a,
+    which is largest at s = d + a. This needs large weights; the factor makes them learn faster.
+    """
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = digit_layer(num_features)
+        self.fusion = self.published(NUM_DIGITS)
+
+    def forward(self, features, addend):
+        digit_logits = self.digit(features)
+        _, sum_logits = self.fusion(F.softmax(digit_logits, dim=1), addend)
+        return digit_logits, 30 * sum_logits
+
+
+class ConcatProbabilities(OnProbabilities):
+    published = ConcatLinear
+
+
+class AddedProbabilities(OnProbabilities):
+    published = Added
