@@ -28,9 +28,11 @@ def test_every_published_recipe_has_a_row(results, capsys):
     lines = capsys.readouterr().out.splitlines()
     names = [re.match(r"\| `([\w-]+)` ", line)[1] for line in lines[2:]]
     assert names == [*published_systems.SYSTEMS, "default"]
-    (row,) = (line for line in lines if "concat-linear" in line)
-    assert row.split(" | ")[1:3] == ["mean 88.19", "99.00 / 80.00 / 79.50, mean 89.50"]
-    assert lines[-1].split(" | ")[2].endswith("(mean of 5)")
+    rows = {name: line.split(" | ")[1:4] for name, line in zip(names, lines[2:], strict=True)}
+    assert rows["concat-linear"][:2] == ["mean 88.19", "99.00 / 80.00 / 79.50, mean 89.50"]
+    assert rows["added"][1].endswith(" / – / –")
+    assert rows["shared-trunk"][2] == rows["shared-trunk-slow"][2] != "–"
+    assert rows["default"][2].endswith("(mean of 5)")
 
 
 @pytest.mark.parametrize(
