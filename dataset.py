@@ -137,10 +137,6 @@ class Source(NamedTuple):
     disputed: frozenset | set = frozenset()  # test images with a disputed label
 
 
-class Unavailable(Exception):
-    """MNIST is not in the data directory and cannot be downloaded."""
-
-
 def load_data(name, data_dir):
     """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
 
@@ -149,7 +145,7 @@ def load_data(name, data_dir):
     if name != "synthetic":
         try:
             return Source("mnist", *load_mnist(Path(data_dir)), disputed=DISPUTED)
-        except Unavailable as error:
+        except ConnectionError as error:
             message = f"{error}; place {', '.join(SHA256)} in {raw_dir(data_dir)}"
             message += f" and pass --data-dir {data_dir}"
             if name == "mnist":
@@ -208,7 +204,7 @@ def read_verified(data_dir):
 
 
 def download(mnist, data_dir):
-    """Download MNIST with torchvision; if it fails, raise Unavailable and create nothing."""
+    """Download MNIST with torchvision; if it fails, raise ConnectionError and create nothing."""
     # Of several processes one downloads while the others wait.
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
     with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
@@ -221,7 +217,7 @@ def download(mnist, data_dir):
             files = read_verified(temporary)
         except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise Unavailable(f"MNIST cannot be downloaded ({reason})") from error
+            raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from error
         finally:
             socket.setdefaulttimeout(timeout)
         raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
