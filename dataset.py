@@ -167,8 +167,7 @@ def load_mnist(data_dir):
         files = read_verified(data_dir)
     except FileNotFoundError as error:
         warn(f"{error.filename.removesuffix('.gz')} not found: downloading MNIST")
-        download(MNIST, data_dir)
-        files = read_verified(data_dir)
+        files = download(MNIST, data_dir)
     # torchvision prefers old files in MNIST/processed, does not check unpacked ones, and crashes on
     # truncated ones: it is given a directory with nothing but verified files.
     with TemporaryDirectory() as verified:
@@ -198,18 +197,17 @@ def read_verified(data_dir):
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror})") from error
         if hashlib.sha256(files[name]).hexdigest() != digest:
-            message = "is damaged (wrong SHA-256 digest); delete it to download it again"
-            raise UserError(f"{path} {message}")
+            raise UserError(f"{path} is damaged (wrong SHA-256); delete it to download it again")
     return files
 
 
 def download(mnist, data_dir):
-    """Download MNIST with torchvision; if it fails, raise ConnectionError and create nothing."""
+    """Like `read_verified`, after a download; if that fails, ConnectionError, and no new file."""
     # Of several processes one downloads while the others wait.
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
     with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):
-            return
+            return read_verified(data_dir)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
         try:
@@ -223,3 +221,4 @@ def download(mnist, data_dir):
         raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomic(raw_dir(data_dir) / name, content)
+        return files
