@@ -67,11 +67,8 @@ class MNISTSum(Dataset):
         self.set_epoch(1)
 
     def set_epoch(self, epoch, augment=True):
-        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1.
-
-        Has no effect on the workers of a DataLoader with `persistent_workers=True`.
-        """
-        self.epoch = epoch
+        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1."""
+        self.epoch = epoch  # workers of a DataLoader do not see it if they are persistent
         # Drawn for all images, not only for `indices`: so --val-size does not change the draws.
         draw = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
         addends = torch.randint(NUM_DIGITS, (self.population,), generator=draw)
@@ -94,7 +91,6 @@ class MNISTSum(Dataset):
                 yield len(indices), self.batch(indices[rank::world_size])
 
     def num_batches(self, batch_size, drop_last=False):
-        """Number of batches in an epoch."""
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
     def normalized(self, indices, matrices=None):
@@ -138,10 +134,7 @@ class Source(NamedTuple):
 
 
 def load_data(name, data_dir):
-    """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
-
-    Raises UserError if "mnist" is unavailable, or if one of its files is damaged.
-    """
+    """The Source "mnist", "synthetic", or "auto": MNIST if available. UserError if damaged."""
     if name != "synthetic":
         try:
             return Source("mnist", *load_mnist(Path(data_dir)), disputed=DISPUTED)
@@ -156,7 +149,7 @@ def load_data(name, data_dir):
 
 
 def load_mnist(data_dir):
-    """torchvision's MNIST training and test set, downloaded first if a file is missing."""
+    """torchvision's training and test set, after a download if a file is missing."""
     try:
         from torchvision.datasets import MNIST  # not at the top: importing it takes a second
     except (ImportError, RuntimeError) as error:
