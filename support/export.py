@@ -43,15 +43,7 @@ FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: the code of the m
 
 
 def export(path, predictor, checkpoint, data):
-    """Write a network and its model card in the format of the suffix, a key of FORMATS.
-
-    Args:
-        predictor: the module that maps uint8 (B, 28, 28) and int64 (B,) to two probabilities.
-        data: text on what the network of the checkpoint was trained on.
-
-    Returns:
-        The paths of both files.
-    """
+    """Write a Predictor, in the format of the suffix, and its model card; returns both paths."""
     program = trace(predictor)
     content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
     card_path = path.with_name(f"{path.name}.md")
