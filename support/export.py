@@ -12,7 +12,6 @@ from support.constants import SIDE
 from support.errors import UserError
 from support.files import write_atomic
 
-INPUTS, OUTPUTS = ("pixels", "addend"), ("digit_probabilities", "sum_probabilities")
 REPEATS = 10
 MODEL_CARD = """# {name}
 
@@ -79,7 +78,8 @@ def as_onnx(program):
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("exporting to .onnx needs two packages: pip install onnx onnxscript")
     options = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: "batch"}, {0: "batch"})}
-    options |= {"input_names": INPUTS, "output_names": OUTPUTS}
+    options["input_names"] = "pixels", "addend"
+    options["output_names"] = "digit_probabilities", "sum_probabilities"
     try:
         with warnings.catch_warnings(action="ignore"):
             exported = torch.onnx.export(program, **options)
@@ -117,8 +117,4 @@ def onnx_session(content):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options)
-
-    def infer(pixels, addends):
-        return session.run(None, dict(zip(INPUTS, (pixels.numpy(), addends.numpy()), strict=True)))
-
-    return infer
+    return lambda x, n: session.run(None, {"pixels": x.numpy(), "addend": n.numpy()})
