@@ -29,17 +29,13 @@ def find_sheet(rgb):
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
                 if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else its edge is that of a shadow
-                    sheets.append((sheet.sum(), sheet, box))
-    sheets.sort(key=lambda item: item[0])
-    innermost = [
-        box
-        for i, (_, sheet, box) in enumerate(sheets)
-        if not any(sheet[smaller].all() for _, smaller, _ in sheets[:i])
-    ]
-    if not innermost:
-        return None
-    box = innermost[-1]
-    return box + np.where(box == [[0, 0], gray.shape], 0, [[BLUR], [-BLUR]])
+                    sheets.append((sheet, box))
+    sheets.sort(key=lambda item: item[0].sum())
+    while sheets:
+        sheet, box = sheets.pop()
+        if not any(sheet[smaller].all() for smaller, _ in sheets):
+            return box + np.where(box == [[0, 0], gray.shape], 0, [[BLUR], [-BLUR]])
+    return None
 
 
 def similar_pixels(gray):
