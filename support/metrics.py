@@ -109,17 +109,14 @@ def epoch_row(epoch, lr, train_metrics, predictions, seconds):
 def epoch_line(row, epochs):
     """The line that reports an epoch, from its row of metrics.csv."""
     splits = [split for split in ("train", "val", "test") if f"{split}_seconds" in row]
-    losses = [f"{s} {row[f'{s}_digit_loss']:.4f}/{row[f'{s}_sum_loss']:.4f}" for s in splits]
-    accuracies = [
-        f"{split} digit {100 * row[f'{split}_digit_accuracy']:.2f} % "
-        f"sum {100 * row[f'{split}_sum_accuracy']:.2f} % "
-        f"both {100 * row[f'{split}_both_accuracy']:.2f} %"
-        for split in splits[1:]
-    ]
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss digit/sum {' '.join(losses)}  "
-        f"{'  '.join(accuracies)}  {row['train_seconds']:.1f} s"
-    )
+    text = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss digit/sum"
+    for split in splits:
+        text += f" {split} {row[f'{split}_digit_loss']:.4f}/{row[f'{split}_sum_loss']:.4f}"
+    for split in splits[1:]:
+        text += f"  {split}"
+        for name in ("digit", "sum", "both"):
+            text += f" {name} {100 * row[f'{split}_{name}_accuracy']:.2f} %"
+    return f"{text}  {row['train_seconds']:.1f} s"
 
 
 def run_title(info, row):
