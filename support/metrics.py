@@ -70,10 +70,9 @@ def confusion_matrix(true, predicted, num_classes):
 
 
 def epoch_metrics(steps, epoch):
-    """Aggregate the steps of a training epoch: means, and (epochs trained, digit, sum loss) points.
+    """Means of an epoch, and points of its loss curve, from the rows that `train_epoch` returns.
 
-    steps: float64 (S, 5), per step the mean losses of digit and sum, the numbers of correct digits
-    and sums, and the number of images. Raises UserError if a loss is NaN or infinite.
+    A point is (epochs trained, digit loss, sum loss). UserError if a loss is NaN or infinite.
     """
     broken = (~steps[:, :2].isfinite()).any(dim=1).nonzero()
     if len(broken):
@@ -96,8 +95,7 @@ def epoch_metrics(steps, epoch):
 
 def epoch_row(epoch, lr, train_metrics, predictions, seconds):
     """A row of metrics.csv, from dicts by split. Raises UserError if a loss is NaN or infinite."""
-    metrics = {"train": train_metrics}
-    metrics |= {split: part.metrics() for split, part in predictions.items()}
+    metrics = {"train": train_metrics} | {s: part.metrics() for s, part in predictions.items()}
     row = {"epoch": epoch, "lr": lr}
     for split, values in metrics.items():
         row |= {f"{split}_{k}": v for k, v in values.items() if k != "consistency"}
