@@ -43,15 +43,11 @@ class Prepared(NamedTuple):
 
 
 def read_picture(file, formats=None):
-    """Open an image file, a path or a binary stream, in one of Pillow's `formats` (default: any).
-
-    Raises UserError if it can't be used.
-    """
+    """Open a path or a binary stream as a Pillow image. Raises UserError if it can't be used."""
     content = b""
     try:
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(io.BytesIO(content), formats=formats)
             # An MPO file is a photo of a phone: the first image, then a depth map or a gain map.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
