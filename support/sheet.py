@@ -12,10 +12,9 @@ BLUR = 2  # pixels at the sheet's edge that are left out
 
 
 def find_sheet(rgb):
-    """The sheet in a picture, float (H, W, 3): [[top, left], [bottom, right]], or None.
+    """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
-    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink. Of those that
-    contain no other sheet the largest is returned. It may be the whole picture.
+    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink.
     """
     gray, sheets = rgb.mean(axis=2), []
     if max(gray.shape) < MIN_PICTURE:
