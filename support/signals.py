@@ -35,11 +35,9 @@ NEVER = StopFlag()  # is never set
 
 @contextmanager
 def stop_on_signals():
-    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once.
-
-    In another thread than the main one, which alone may handle signals, it is never set.
-    """
+    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once."""
     flag, previous = StopFlag(), {}
+    # Other threads cannot handle signals: there, the flag is never set.
     in_main_thread = threading.current_thread() is threading.main_thread()
 
     def handle(signum, frame):
