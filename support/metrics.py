@@ -49,11 +49,11 @@ class Predictions(NamedTuple):
 
     def confusion(self):
         """Confusion matrices (true, predicted): images (10, 10) and, for sums, pairs (19, 19)."""
-        digits, (_, sums), (_, predicted_sums) = self.digits, self.targets(), self.predicted()
-        return (
-            confusion_matrix(digits, self.image_digits()[0], NUM_DIGITS),
-            confusion_matrix(sums.flatten(), predicted_sums.flatten(), NUM_SUMS),
-        )
+        images = torch.zeros(NUM_DIGITS, NUM_DIGITS, dtype=torch.int64)
+        pairs, one = torch.zeros(NUM_SUMS, NUM_SUMS, dtype=torch.int64), torch.tensor(1)
+        images.index_put_((self.digits, self.image_digits()[0]), one, accumulate=True)
+        pairs.index_put_((self.targets()[1], self.predicted()[1]), one, accumulate=True)
+        return images, pairs
 
     def most_confident_errors(self, count):
         """Indices, predicted digits and probabilities of misread images, most confident first."""
@@ -61,12 +61,6 @@ class Predictions(NamedTuple):
         wrong = (digit != self.digits).nonzero().flatten()
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)][:count]
         return wrong, digit[wrong], probability[wrong]
-
-
-def confusion_matrix(true, predicted, num_classes):
-    """Counts int64 (C, C) of true class x predicted class, from int64 (N,) each."""
-    cells = torch.bincount(true * num_classes + predicted, minlength=num_classes**2)
-    return cells.view(num_classes, num_classes)
 
 
 def epoch_metrics(steps, epoch):
