@@ -23,9 +23,7 @@ class StopFlag:
         """A block that a requested stop ends early, without an error."""
         try:
             yield
-        except Stopped:
-            pass
-        except RuntimeError:  # a peer may have stopped first, in the middle of communication
+        except (Stopped, RuntimeError):  # the latter if a peer has stopped first
             if self.signum is None:
                 raise
 
