@@ -12,7 +12,6 @@ from support.constants import SIDE
 from support.errors import UserError
 from support.files import write_atomic
 
-REPEATS = 10
 MODEL_CARD = """# {name}
 
 Recognizes a handwritten digit and predicts its sum with a given number from 0 to 9.
@@ -21,8 +20,7 @@ Recognizes a handwritten digit and predicts its sum with a given number from 0 t
 - Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
 - Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
 - Inference time in {runtime} (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
-  {milliseconds[1]:.0f} ms for 256. This is the fastest of {repeats} calls on the machine that
-  exported the network, which may have been busy.
+  {milliseconds[1]:.0f} ms for 256 (the fastest of 10 calls on the machine that exported it).
 - Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
 
 ```python
@@ -95,15 +93,13 @@ def model_card(path, predictor, content, checkpoint, data):
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime"):
         runtime, infer = "onnxruntime", onnx_session(content)
     seconds = [
-        min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=REPEATS))
-        for size in (1, 256)
+        min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=10)) for size in (1, 256)
     ]
     return MODEL_CARD.format(
         name=path.name,
         data=data,
         runtime=runtime,
         milliseconds=[1000 * value for value in seconds],
-        repeats=REPEATS,
         code=FORMATS[path.suffix].format(name=path.name),
         **checkpoint["history"][-1],
         **checkpoint["info"] | {"threads": torch.get_num_threads()},
