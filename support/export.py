@@ -41,23 +41,17 @@ FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: the code of the m
 
 def export(path, predictor, checkpoint, data):
     """Write a Predictor, in the format of the suffix, and its model card; returns both paths."""
-    program = trace(predictor)
+    batch = {0: torch.export.Dim("batch")}  # any size
+    program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
     content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
     card_path = path.with_name(f"{path.name}.md")
     card = model_card(path, predictor, content, checkpoint, data)
     write_atomic(path, content)
     write_atomic(card_path, card.encode(errors="replace"))  # a file name may not be valid text
     return path, card_path
-
-
-def trace(predictor):
-    """The network as an ExportedProgram for any batch size."""
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
-    for module in program.graph_module.modules():
-        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # contains paths of this machine
-    return program
 
 
 def example(batch_size):
