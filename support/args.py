@@ -49,8 +49,7 @@ def train_parser(description, recipes):
     width = max(map(len, recipes))
     rows = [f"  {name:<{width}}  {recipe.description}" for name, recipe in recipes.items()]
     parser = Parser(prog="train.py", description=description, epilog="\n".join(["recipes:", *rows]))
-    count, rate, decay = number(int, 1, 100_000), number(float, 1e-9, 100), number(float, 0, 10)
-    val_size, seed = number(int, 0, 59_999), number(int, 0, 2**32 - 1)
+    count, images, seed = number(int, 1, 100_000), number(int, 0, 59_999), number(int, 0, 2**32 - 1)
 
     def flag(*names, **options):
         if "default" in options:
@@ -61,10 +60,10 @@ def train_parser(description, recipes):
     flag("--recipe", choices=recipes, default="default", metavar="NAME", help="see the table below")
     flag("--epochs", type=count, metavar="N", help="1 to 100000")
     flag("-b", "--batch-size", type=count, metavar="N", help="images per step, 1 to 100000")
-    flag("--lr", type=rate, metavar="X", help="peak learning rate, 1e-9 to 100")
-    flag("--weight-decay", type=decay, metavar="X", help="0 to 10")
+    flag("--lr", type=number(float, 1e-9, 100), metavar="X", help="peak learning rate, 1e-9 to 100")
+    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="0 to 10")
     flag("--addends", choices=["each-epoch", "once"], help="when the random numbers are drawn")
-    flag("--val-size", type=val_size, metavar="N", help="held-out training images, 0 to 59999")
+    flag("--val-size", type=images, metavar="N", help="held-out training images, 0 to 59999")
 
     group = parser.add_argument_group("run")
     flag("--seed", type=seed, default=0, metavar="N", help="0 to 4294967295")
@@ -103,10 +102,7 @@ def parse_train_args(argv, description, recipes, saved=None):
 
 
 def check_changes(checkpoint, flags, recipe):
-    """Report what differs from the resumed run; returns the changed flags for a command line.
-
-    Raises UserError if the change would make it a different experiment.
-    """
+    """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat."""
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     if current["epochs"] < (done := len(checkpoint["history"])):
         raise UserError(f"--epochs {current['epochs']} is less than the {done} trained already", 2)
