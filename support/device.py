@@ -12,8 +12,7 @@ from support.errors import UserError
 def pick_device(requested="auto", deterministic=False):
     """Choose the device for "auto", "cpu", "cuda", "cuda:N" or "mps"; returns it and the reason.
 
-    If it does not work, the CPU is used with a warning. Under torchrun each process has its own
-    GPU, or all use the CPU if no machine has a GPU; else UserError.
+    The CPU replaces one that does not work; under torchrun, only if no machine has a GPU.
     """
     several = distributed.world_size() > 1
     name, reason = requested, "as requested"
@@ -29,8 +28,7 @@ def pick_device(requested="auto", deterministic=False):
     if failure:
         name, reason = "cpu", f"{name} failed: {failure}"
     device = torch.device(name)
-    message = "some processes have a GPU and others do not; pass --device cpu"
-    distributed.require_equal(device.type, message)
+    distributed.require_equal(device.type, "only some processes have a GPU; pass --device cpu")
     if failure:
         warn(f"warning: {reason}; running on the CPU")
     if device.type == "cuda":
