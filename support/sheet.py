@@ -2,9 +2,6 @@
 
 import numpy as np
 
-RECTANGULAR = 0.87  # of the smallest rectangle around a sheet; an ellipse fills 0.79
-BLUR = 2  # pixels at the sheet's edge that are left out
-
 
 def find_sheet(rgb):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
@@ -28,7 +25,7 @@ def find_sheet(rgb):
     while sheets:
         sheet, box = sheets.pop()
         if not any(sheet[smaller].all() for smaller, _ in sheets):
-            return box + np.where(box == [[0, 0], gray.shape], 0, [[BLUR], [-BLUR]])
+            return box + np.where(box == [[0, 0], gray.shape], 0, [[2], [-2]])  # no blurred edge
     return None
 
 
@@ -66,7 +63,8 @@ def is_rectangle(mask):
     points = np.argwhere(np.diff(np.pad(mask, ((0, 0), (1, 1)))))  # the ends of the rows: (N, 2)
     angles = np.radians(np.arange(0, 180, 3))
     extent = np.ptp(points @ np.stack([np.cos(angles), np.sin(angles)]), axis=0)
-    return mask.sum() > RECTANGULAR * (extent * np.roll(extent, 30)).min()  # at right angles
+    area = (extent * np.roll(extent, 30)).min()  # two extents at right angles
+    return mask.sum() > 0.87 * area  # an ellipse fills 0.79 of it
 
 
 def grow(box, mask):
