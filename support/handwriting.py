@@ -26,8 +26,6 @@ DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 SEARCH_SIDE = 480  # pixels; the image is reduced to this size to search for ink
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
-CLEAR = 4.7  # standard deviations of the paper; if the strong ink is weaker, there is no ink
-FULL = 0.9  # fraction of the ink's 0.9 quantile; anything stronger counts as full ink
 
 
 class Prepared(NamedTuple):
@@ -87,8 +85,8 @@ def prepare_sheet(image):
     if side < max(ink.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor))
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
-    if not noiseless:  # strokes have soft edges and uneven ink
-        digit = np.minimum(digit, FULL * np.quantile(digit[digit > 0], 0.9))
+    if not noiseless:  # strokes have soft edges and uneven ink: most of it counts as full
+        digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
     return Prepared(as_mnist(digit[top:bottom, left:right]), found)
 
 
@@ -140,7 +138,7 @@ def find_ink(rgb):
     strength = np.median(ink[strong])
     if noiseless:
         return ink, FAINT * strength, True
-    if strength < CLEAR:
+    if strength < 4.7:  # standard deviations of the paper: no ink
         return np.zeros_like(ink), 0.0, False
     rest = projection[~strong]
     deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
