@@ -43,8 +43,7 @@ def read_picture(file, formats=None):
             image = Image.open(io.BytesIO(content), formats=formats)
             # An MPO file is a photo of a phone: the first image, then a depth map or a gain map.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                kind = "has several pages" if image.format == "TIFF" else "animated"
-                raise UserError(f"{kind}; give a single image")
+                raise UserError("has several pages or frames; give a single image")
             image.load()
     except UnidentifiedImageError as error:
         for name, pattern in UNSUPPORTED.items():
