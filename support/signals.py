@@ -1,8 +1,7 @@
 """Stopping on Ctrl-C or SIGTERM at a point where nothing is lost."""
 
 import signal
-import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Stopped(Exception):
@@ -35,16 +34,15 @@ NEVER = StopFlag()  # is never set
 def stop_on_signals():
     """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once."""
     flag, previous = StopFlag(), {}
-    # Other threads cannot handle signals: there, the flag is never set.
-    in_main_thread = threading.current_thread() is threading.main_thread()
 
     def handle(signum, frame):
         flag.signum = signum
         for caught in previous:
             signal.signal(caught, signal.SIG_DFL)
 
-    for caught in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
-        previous[caught] = signal.signal(caught, handle)
+    with suppress(ValueError):  # not in the main thread: the flag is never set
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            previous[caught] = signal.signal(caught, handle)
     try:
         yield flag
     finally:
