@@ -196,9 +196,8 @@ def read_verified(data_dir):
 
 def download(mnist, data_dir):
     """Like `read_verified`, after a download; if that fails, ConnectionError, and no new file."""
-    # Of several processes one downloads while the others wait.
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
-    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
+    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:  # others wait
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):
             return read_verified(data_dir)
         timeout = socket.getdefaulttimeout()

@@ -7,8 +7,7 @@ import re
 from support.console import warn
 from support.errors import UserError
 
-# Flags that concern one call and are not stored with the run.
-TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}
+TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}  # flags not stored with the run
 # Flags and recipe columns that cannot change on resume.
 IMMUTABLE = {"recipe", "encoder", "head", "seed", "dataset", "dry_run", "addends", "val_size"}
 IMMUTABLE |= {"affine", "mean", "std", "drop_last", "optimizer", "optimizer_options"}
