@@ -23,7 +23,6 @@ from support.sheet import bounding_box, connected_components, find_sheet, longer
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
-SEARCH_SIDE = 480  # pixels; the image is reduced to this size to search for ink
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
 
@@ -90,8 +89,8 @@ def prepare_sheet(image):
 
 
 def reduced(image):
-    """An RGB image, reduced to at most SEARCH_SIDE: float (H, W, 3), and the factor."""
-    factor = math.ceil(max(image.size) / SEARCH_SIDE)
+    """An RGB image, reduced to at most 480 x 480 pixels: float (H, W, 3), and the factor."""
+    factor = math.ceil(max(image.size) / 480)
     return np.asarray(image.reduce(factor), dtype=float), factor
 
 
