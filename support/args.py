@@ -73,7 +73,7 @@ def train_parser(description, recipes):
     flag("--device", type=device_name, default="auto", help=text)
     text = "auto: bf16 on GPUs and CPUs that have it in hardware"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
-    flag("--deterministic", action="store_true", help="GPUs repeat bit for bit; may be slower")
+    flag("--deterministic", action="store_true", help="bit-for-bit reproducible GPU runs; slower")
 
     group = parser.add_argument_group("output")
     flag("--output-dir", metavar="DIR", help="run directory; by default a new one, runs/RECIPE")

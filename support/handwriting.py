@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
 
 
 def read_picture(file, formats=None):
-    """Open a path or a binary stream as a Pillow image. Raises UserError if it can't be used."""
+    """Open a path or a binary stream in one of Pillow's `formats`. UserError if unusable."""
     try:
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
