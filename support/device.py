@@ -10,7 +10,10 @@ from support.errors import UserError
 
 
 def pick_device(requested="auto", deterministic=False):
-    """Choose the device for "auto", "cpu", "cuda", "cuda:N" or "mps"; returns it and the reason."""
+    """Choose the device for "auto", "cpu", "cuda", "cuda:N" or "mps"; returns it and the reason.
+
+    The CPU replaces one that does not work; under torchrun, only if no machine has a GPU.
+    """
     several = distributed.world_size() > 1
     name, reason = requested, "as requested"
     if requested == "auto":
@@ -20,7 +23,6 @@ def pick_device(requested="auto", deterministic=False):
     if name == "cuda" or name.startswith("cuda") and several:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     failure = device_error(name)
-    # The CPU replaces a device that does not work; under torchrun only if no machine has a GPU.
     if failure and several and torch.cuda.device_count():
         raise UserError(f"{name} failed: {failure}; fix this or pass --device cpu")
     if failure:

@@ -26,7 +26,10 @@ def as_png(figure):
 
 
 def run_figures(history, curve, predictions, images, addends, disputed, title, label_smoothing):
-    """All plots by file name; images: uint8 (N, 28, 28), addends: int64 (N,), on the CPU."""
+    """All plots of a run, by file name. All arguments are on the CPU.
+
+    images, addends: uint8 (N, 28, 28), int64 (N,), of the test set; disputed: indices of images.
+    """
     return {
         "loss.png": _loss_figure(curve, history, title, label_smoothing),
         "accuracy.png": _accuracy_figure(history, title),
