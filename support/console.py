@@ -12,7 +12,10 @@ from support.errors import UserError
 
 
 def log(text, file=None, all_ranks=False):
-    """Print a line on rank 0, or on all; characters that the stream cannot show are escaped."""
+    """Print a line on rank 0, or on every rank that calls.
+
+    Characters that are unprintable, or missing in the encoding of the stream, are escaped.
+    """
     stream = file or sys.stdout
     if stream and (all_ranks or distributed.rank() == 0):
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

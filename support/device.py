@@ -12,7 +12,8 @@ from support.errors import UserError
 def pick_device(requested="auto", deterministic=False):
     """Choose the device for "auto", "cpu", "cuda", "cuda:N" or "mps"; returns it and the reason.
 
-    The CPU replaces one that does not work; under torchrun, only if no machine has a GPU.
+    If it does not work, the CPU is used with a warning. Under torchrun each process has its own
+    GPU, or all use the CPU if no machine has a GPU; else UserError.
     """
     several = distributed.world_size() > 1
     name, reason = requested, "as requested"
@@ -28,7 +29,8 @@ def pick_device(requested="auto", deterministic=False):
     if failure:
         name, reason = "cpu", f"{name} failed: {failure}"
     device = torch.device(name)
-    distributed.require_equal(device.type, "only some processes have a GPU; pass --device cpu")
+    message = "some processes have a GPU and others do not; pass --device cpu"
+    distributed.require_equal(device.type, message)
     if failure:
         warn(f"warning: {reason}; running on the CPU")
     if device.type == "cuda":
