@@ -26,12 +26,13 @@ def as_png(figure):
 
 
 def run_figures(history, curve, predictions, images, addends, disputed, title, label_smoothing):
-    """All plots of a run, by file name. All arguments are on the CPU.
+    """All plots of a run, by file name. Tensors are on the CPU.
 
-    images, addends: uint8 (N, 28, 28), int64 (N,), of the test set; disputed: indices of images.
+    predictions: of the N test images; images: uint8 (N, 28, 28); addends: int64 (N,), the one to
+    show with each image; disputed: the set of indices of images with a disputed label.
     """
     return {
-        "loss.png": _loss_figure(curve, history, title, label_smoothing),
+        "loss.png": loss_figure(curve, history, title, label_smoothing),
         "accuracy.png": _accuracy_figure(history, title),
         "confusion_matrix.png": _confusion_figure(*predictions.confusion(), title),
         "predictions.png": _samples_figure(predictions, images, addends, title),
@@ -39,8 +40,12 @@ def run_figures(history, curve, predictions, images, addends, disputed, title, l
     }
 
 
-def _loss_figure(curve, history, title, label_smoothing):
-    """Negative log-likelihood of both outputs against the epoch; curve: see `epoch_metrics`."""
+def loss_figure(curve, history, title, label_smoothing):
+    """Negative log-likelihood of both outputs, in nats, against the epoch.
+
+    curve: (position in epochs, digit loss, sum loss), means over the training samples since the
+    previous point; history: the rows of metrics.csv; title: a line about the run.
+    """
     note = f"Plotted without label smoothing. Training uses label smoothing {label_smoothing:g}: "
     note += "its objective is lowest at the dotted lines, not at 0."
     figure = new_figure("Loss per epoch", title, 5.6, note if label_smoothing else "")
@@ -59,7 +64,10 @@ def _loss_figure(curve, history, title, label_smoothing):
 
 
 def prediction_figure(originals, pixels, digits, sums, titles):
-    """A row per image: the original, the input uint8 (28, 28), the probabilities (10,), (19,)."""
+    """A row per image: the original, the input of the network, the probabilities of both outputs.
+
+    originals: N Pillow images; pixels: N of uint8 (28, 28); digits, sums: (N, 10), (N, 19).
+    """
     figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(titles))
     rows = figure.subfigures(len(titles), 1, squeeze=False).flatten()
     for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
