@@ -33,15 +33,20 @@ DAMAGE += (ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 class RunDir:
-    """The directory of a run, `writable` on rank 0 only."""
+    """The directory of a run, `writable` on rank 0 only.
+
+    `resume_flags`: changed flags, repeated in the command to resume until an epoch is saved.
+    """
 
     def __init__(self, path, writable, resume_flags):
-        self.path, self.writable = Path(path), writable
-        self.resume_flags = resume_flags  # in the command to resume until an epoch is saved
+        self.path, self.writable, self.resume_flags = Path(path), writable, resume_flags
 
     @contextmanager
     def open(self, new):
-        """Lock the directory, and add the command to resume to an error that leaves the block."""
+        """Lock the directory; a `new` run must not find the files of another one.
+
+        An error that leaves the block gets a note with the command to resume.
+        """
         with lock_directory(self.path, wait=False) if self.writable else nullcontext():
             if self.writable and new and any(map(self.has, RUN_FILES)):
                 raise UserError(f"{self.path} already holds a run; choose another --output-dir")
@@ -67,6 +72,7 @@ class RunDir:
         return (self.path / name).exists()
 
     def write(self, name, content):
+        """Write bytes to a file of the run. See `write_atomic`."""
         if self.writable:
             write_atomic(self.path / name, content)
 
@@ -132,7 +138,10 @@ def find_checkpoint(path):
 
 
 def checkpoint_to_resume(args):
-    """The checkpoint that --resume names, by default that of the latest unfinished run."""
+    """The path of the checkpoint that --resume names, by default of the latest unfinished run.
+
+    With --eval-only, or with --epochs beyond what it has, a finished run counts too.
+    """
     if args.resume:
         path = find_checkpoint(args.resume)
         if path.name != LAST and not args.eval_only:
@@ -144,7 +153,6 @@ def checkpoint_to_resume(args):
         except UserError as error:
             warn(f"warning: {error}; skipped")
             continue
-        # --epochs may extend a finished run, and --eval-only needs no epochs that are left.
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
         if (args.eval_only or left > 0) and not checkpoint["flags"]["dry_run"]:
             return path
