@@ -67,8 +67,11 @@ class MNISTSum(Dataset):
         self.set_epoch(1)
 
     def set_epoch(self, epoch, augment=True):
-        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1."""
-        self.epoch = epoch  # workers of a DataLoader do not see it if they are persistent
+        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1.
+
+        Has no effect on the workers of a DataLoader with `persistent_workers=True`.
+        """
+        self.epoch = epoch
         # Drawn for all images, not only for `indices`: so --val-size does not change the draws.
         draw = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
         addends = torch.randint(NUM_DIGITS, (self.population,), generator=draw)
@@ -91,6 +94,7 @@ class MNISTSum(Dataset):
                 yield len(indices), self.batch(indices[rank::world_size])
 
     def num_batches(self, batch_size, drop_last=False):
+        """Number of batches in an epoch."""
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
     def normalized(self, indices, matrices=None):
@@ -134,7 +138,10 @@ class Source(NamedTuple):
 
 
 def load_data(name, data_dir):
-    """The Source "mnist", "synthetic", or "auto": MNIST if available. UserError if damaged."""
+    """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
+
+    Raises UserError if "mnist" is unavailable, or if one of its files is damaged.
+    """
     if name != "synthetic":
         try:
             return Source("mnist", *load_mnist(Path(data_dir)), disputed=DISPUTED)
@@ -149,7 +156,7 @@ def load_data(name, data_dir):
 
 
 def load_mnist(data_dir):
-    """torchvision's training and test set, after a download if a file is missing."""
+    """torchvision's MNIST training and test set, downloaded first if a file is missing."""
     try:
         from torchvision.datasets import MNIST  # not at the top: importing it takes a second
     except (ImportError, RuntimeError) as error:
