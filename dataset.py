@@ -137,10 +137,6 @@ class Source(NamedTuple):
     disputed: frozenset | set = frozenset()  # test images with a disputed label
 
 
-class Unavailable(Exception):
-    """MNIST is not in the data directory and cannot be downloaded."""
-
-
 def load_data(name, data_dir):
     """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
 
@@ -149,7 +145,7 @@ def load_data(name, data_dir):
     if name != "synthetic":
         try:
             return Source("mnist", *load_mnist(Path(data_dir)), disputed=DISPUTED)
-        except Unavailable as error:
+        except ConnectionError as error:
             message = f"{error}; place {', '.join(SHA256)} in {raw_dir(data_dir)}"
             message += f" and pass --data-dir {data_dir}"
             if name == "mnist":
@@ -171,8 +167,7 @@ def load_mnist(data_dir):
         files = read_verified(data_dir)
     except FileNotFoundError as error:
         warn(f"{error.filename.removesuffix('.gz')} not found: downloading MNIST")
-        download(MNIST, data_dir)
-        files = read_verified(data_dir)
+        files = download(MNIST, data_dir)
     # torchvision prefers old files in MNIST/processed, does not check unpacked ones, and crashes on
     # truncated ones: it is given a directory with nothing but verified files.
     with TemporaryDirectory() as verified:
@@ -202,18 +197,16 @@ def read_verified(data_dir):
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror})") from error
         if hashlib.sha256(files[name]).hexdigest() != digest:
-            message = "is damaged (wrong SHA-256 digest); delete it to download it again"
-            raise UserError(f"{path} {message}")
+            raise UserError(f"{path} is damaged (wrong SHA-256); delete it to download it again")
     return files
 
 
 def download(mnist, data_dir):
-    """Download MNIST with torchvision; if it fails, raise Unavailable and create nothing."""
-    # Of several processes one downloads while the others wait.
+    """Like `read_verified`, after a download; if that fails, ConnectionError, and no new file."""
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
-    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
+    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:  # others wait
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):
-            return
+            return read_verified(data_dir)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
         try:
@@ -221,9 +214,10 @@ def download(mnist, data_dir):
             files = read_verified(temporary)
         except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise Unavailable(f"MNIST cannot be downloaded ({reason})") from error
+            raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from error
         finally:
             socket.setdefaulttimeout(timeout)
         raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomic(raw_dir(data_dir) / name, content)
+        return files

@@ -23,7 +23,6 @@ from support.files import write_atomic
 from support.handwriting import NO_INK, prepare, read_picture, upright
 
 BATCH = 256  # images
-DOUBTFUL = "the digit is doubtful"
 UNSURE = 0.65  # warn if the digit is less probable than this
 MAX_PLOTTED = 20  # images
 
@@ -148,7 +147,7 @@ def make_record(file, prepared, digits, sums, addend):
     if NO_INK not in prepared.warnings:
         record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
         record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
-        record["warnings"] += [DOUBTFUL] if digits.max() < UNSURE else []
+        record["warnings"] += ["the digit is doubtful"] if digits.max() < UNSURE else []
     return record
 
 

@@ -7,8 +7,7 @@ import re
 from support.console import warn
 from support.errors import UserError
 
-# Flags that concern one call and are not stored with the run.
-TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}
+TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}  # flags not stored with the run
 # Flags and recipe columns that cannot change on resume.
 IMMUTABLE = {"recipe", "encoder", "head", "seed", "dataset", "dry_run", "addends", "val_size"}
 IMMUTABLE |= {"affine", "mean", "std", "drop_last", "optimizer", "optimizer_options"}
@@ -49,8 +48,7 @@ def train_parser(description, recipes):
     width = max(map(len, recipes))
     rows = [f"  {name:<{width}}  {recipe.description}" for name, recipe in recipes.items()]
     parser = Parser(prog="train.py", description=description, epilog="\n".join(["recipes:", *rows]))
-    count, rate, decay = number(int, 1, 100_000), number(float, 1e-9, 100), number(float, 0, 10)
-    val_size, seed = number(int, 0, 59_999), number(int, 0, 2**32 - 1)
+    count, images, seed = number(int, 1, 100_000), number(int, 0, 59_999), number(int, 0, 2**32 - 1)
 
     def flag(*names, **options):
         if "default" in options:
@@ -58,33 +56,27 @@ def train_parser(description, recipes):
         group.add_argument(*names, **options)
 
     group = parser.add_argument_group("recipe", "flags override the recipe")
-    text = "row of the table below"
-    flag("--recipe", choices=recipes, default="default", metavar="NAME", help=text)
+    flag("--recipe", choices=recipes, default="default", metavar="NAME", help="see the table below")
     flag("--epochs", type=count, metavar="N", help="1 to 100000")
     flag("-b", "--batch-size", type=count, metavar="N", help="images per step, 1 to 100000")
-    flag("--lr", type=rate, metavar="X", help="peak learning rate, 1e-9 to 100")
-    flag("--weight-decay", type=decay, metavar="X", help="0 to 10")
+    flag("--lr", type=number(float, 1e-9, 100), metavar="X", help="peak learning rate, 1e-9 to 100")
+    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="0 to 10")
     flag("--addends", choices=["each-epoch", "once"], help="when the random numbers are drawn")
-    flag(
-        "--val-size", type=val_size, metavar="N", help="images held out for validation, 0 to 59999"
-    )
+    flag("--val-size", type=images, metavar="N", help="held-out training images, 0 to 59999")
 
     group = parser.add_argument_group("run")
     flag("--seed", type=seed, default=0, metavar="N", help="0 to 4294967295")
     text = "auto: MNIST, or synthetic digits if it is unavailable"
     flag("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help=text)
-    text = "dataset root, in torchvision's layout"
-    flag("--data-dir", default="data", metavar="DIR", help=text)
+    flag("--data-dir", default="data", metavar="DIR", help="dataset root, in torchvision's layout")
     text = "auto, cpu, cuda, cuda:N or mps; falls back to the CPU"
     flag("--device", type=device_name, default="auto", help=text)
     text = "auto: bf16 on GPUs and CPUs that have it in hardware"
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=text)
-    text = "on a GPU: bit-for-bit reproducible; may be slower"
-    flag("--deterministic", action="store_true", help=text)
+    flag("--deterministic", action="store_true", help="bit-for-bit reproducible GPU runs; slower")
 
     group = parser.add_argument_group("output")
-    text = "directory of the run; by default a new one, runs/RECIPE"
-    flag("--output-dir", metavar="DIR", help=text)
+    flag("--output-dir", metavar="DIR", help="run directory; by default a new one, runs/RECIPE")
     text = "resume from a run directory, by default the latest unfinished run"
     flag("--resume", nargs="?", const="", metavar="PATH", help=text)
     flag("--eval-only", action="store_true", help="with --resume: evaluate, do not train")
@@ -109,10 +101,7 @@ def parse_train_args(argv, description, recipes, saved=None):
 
 
 def check_changes(checkpoint, flags, recipe):
-    """Report what differs from the resumed run; returns the changed flags for a command line.
-
-    Raises UserError if the change would make it a different experiment.
-    """
+    """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat."""
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     if current["epochs"] < (done := len(checkpoint["history"])):
         raise UserError(f"--epochs {current['epochs']} is less than the {done} trained already", 2)

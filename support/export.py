@@ -12,8 +12,6 @@ from support.constants import SIDE
 from support.errors import UserError
 from support.files import write_atomic
 
-INPUTS, OUTPUTS = ("pixels", "addend"), ("digit_probabilities", "sum_probabilities")
-REPEATS = 10
 MODEL_CARD = """# {name}
 
 Recognizes a handwritten digit and predicts its sum with a given number from 0 to 9.
@@ -22,8 +20,7 @@ Recognizes a handwritten digit and predicts its sum with a given number from 0 t
 - Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
 - Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
 - Inference time in {runtime} (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
-  {milliseconds[1]:.0f} ms for 256. This is the fastest of {repeats} calls on the machine that
-  exported the network, which may have been busy.
+  {milliseconds[1]:.0f} ms for 256 (the fastest of 10 calls on the machine that exported it).
 - Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
 
 ```python
@@ -43,32 +40,18 @@ FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: the code of the m
 
 
 def export(path, predictor, checkpoint, data):
-    """Write a network and its model card in the format of the suffix, a key of FORMATS.
-
-    Args:
-        predictor: the module that maps uint8 (B, 28, 28) and int64 (B,) to two probabilities.
-        data: text on what the network of the checkpoint was trained on.
-
-    Returns:
-        The paths of both files.
-    """
-    program = trace(predictor)
+    """Write a Predictor, in the format of the suffix, and its model card; returns both paths."""
+    batch = {0: torch.export.Dim("batch")}  # any size
+    program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
     content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
     card_path = path.with_name(f"{path.name}.md")
     card = model_card(path, predictor, content, checkpoint, data)
     write_atomic(path, content)
     write_atomic(card_path, card.encode(errors="replace"))  # a file name may not be valid text
     return path, card_path
-
-
-def trace(predictor):
-    """The network as an ExportedProgram for any batch size."""
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
-    for module in program.graph_module.modules():
-        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
-            node.meta.pop("stack_trace", None)  # contains paths of this machine
-    return program
 
 
 def example(batch_size):
@@ -87,7 +70,8 @@ def as_onnx(program):
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("exporting to .onnx needs two packages: pip install onnx onnxscript")
     options = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: "batch"}, {0: "batch"})}
-    options |= {"input_names": INPUTS, "output_names": OUTPUTS}
+    options["input_names"] = "pixels", "addend"
+    options["output_names"] = "digit_probabilities", "sum_probabilities"
     try:
         with warnings.catch_warnings(action="ignore"):
             exported = torch.onnx.export(program, **options)
@@ -103,15 +87,13 @@ def model_card(path, predictor, content, checkpoint, data):
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime"):
         runtime, infer = "onnxruntime", onnx_session(content)
     seconds = [
-        min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=REPEATS))
-        for size in (1, 256)
+        min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=10)) for size in (1, 256)
     ]
     return MODEL_CARD.format(
         name=path.name,
         data=data,
         runtime=runtime,
         milliseconds=[1000 * value for value in seconds],
-        repeats=REPEATS,
         code=FORMATS[path.suffix].format(name=path.name),
         **checkpoint["history"][-1],
         **checkpoint["info"] | {"threads": torch.get_num_threads()},
@@ -125,8 +107,4 @@ def onnx_session(content):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options)
-
-    def infer(pixels, addends):
-        return session.run(None, dict(zip(INPUTS, (pixels.numpy(), addends.numpy()), strict=True)))
-
-    return infer
+    return lambda x, n: session.run(None, {"pixels": x.numpy(), "addend": n.numpy()})

@@ -9,13 +9,12 @@ try:
     import fcntl
 except ImportError:  # Windows, which cannot lock directories
     fcntl = None
-CAN_LOCK = fcntl is not None
 
 
 @contextmanager
 def lock_directory(path, wait):
     """Hold a lock on a directory, without a lock file; if it is held, wait or raise UserError."""
-    if not CAN_LOCK:
+    if fcntl is None:
         yield
         return
     handle = os.open(path, os.O_RDONLY)

@@ -23,16 +23,8 @@ from support.sheet import bounding_box, connected_components, find_sheet, longer
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
-SEARCH_SIDE = 480  # pixels; the image is reduced to this size to search for ink
-SMALL = 0.25  # a digit smaller than this fraction of the image is cropped and searched again
-GRID = 32  # the paper's color is fitted to this many averages along the longer side
-BORDER = 0.05  # width of a border that is mostly paper, as a fraction of the shorter side
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
-CLEAR = 4.7  # standard deviations of the paper; if the strong ink is weaker, there is no ink
-NEARLY_WHITE = 240  # a transparent image lighter than this everywhere is put on black
-FULL = 0.9  # fraction of the ink's 0.9 quantile; anything stronger counts as full ink
-SPECK = 0.03  # fraction of the heaviest component's mass; lighter components are dropped
 
 
 class Prepared(NamedTuple):
@@ -43,20 +35,14 @@ class Prepared(NamedTuple):
 
 
 def read_picture(file, formats=None):
-    """Open an image file, a path or a binary stream, in one of Pillow's `formats` (default: any).
-
-    Raises UserError if it can't be used.
-    """
-    content = b""
+    """Open a path or a binary stream in one of Pillow's `formats`. UserError if unusable."""
     try:
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(io.BytesIO(content), formats=formats)
             # An MPO file is a photo of a phone: the first image, then a depth map or a gain map.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                kind = "has several pages" if image.format == "TIFF" else "animated"
-                raise UserError(f"{kind}; give a single image")
+                raise UserError("has several pages or frames; give a single image")
             image.load()
     except UnidentifiedImageError as error:
         for name, pattern in UNSUPPORTED.items():
@@ -94,17 +80,17 @@ def prepare_sheet(image):
         return Prepared(np.zeros((SIDE, SIDE), np.uint8), (NO_INK,))
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
-    if side < SMALL * max(ink.shape) and factor > 1:
+    if side < max(ink.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor))
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
-    if not noiseless:  # strokes have soft edges and uneven ink
-        digit = np.minimum(digit, FULL * np.quantile(digit[digit > 0], 0.9))
+    if not noiseless:  # strokes have soft edges and uneven ink: most of it counts as full
+        digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
     return Prepared(as_mnist(digit[top:bottom, left:right]), found)
 
 
 def reduced(image):
-    """An RGB image, reduced to at most SEARCH_SIDE: float (H, W, 3), and the factor."""
-    factor = math.ceil(max(image.size) / SEARCH_SIDE)
+    """An RGB image, reduced to at most 480 x 480 pixels: float (H, W, 3), and the factor."""
+    factor = math.ceil(max(image.size) / 480)
     return np.asarray(image.reduce(factor), dtype=float), factor
 
 
@@ -124,7 +110,7 @@ def upright(image):
         image = image.convert("RGBA")
         white, black = (Image.new("RGBA", image.size, color) for color in ("white", "black"))
         opaque = Image.alpha_composite(white, image)
-        visible = min(low for low, _ in opaque.getextrema()) < NEARLY_WHITE
+        visible = min(low for low, _ in opaque.getextrema()) < 240  # else white ink
         image = opaque if visible else Image.alpha_composite(black, image)
     return image.convert("RGB")
 
@@ -150,7 +136,7 @@ def find_ink(rgb):
     strength = np.median(ink[strong])
     if noiseless:
         return ink, FAINT * strength, True
-    if strength < CLEAR:
+    if strength < 4.7:  # standard deviations of the paper: no ink
         return np.zeros_like(ink), 0.0, False
     rest = projection[~strong]
     deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
@@ -165,8 +151,8 @@ def whitened_difference(rgb):
     rows = np.pad(difference, ((1, 1), (1, 1), (0, 0)), "edge")
     rows = rows[:-2] + rows[1:-1] + rows[2:]
     difference = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9  # 3x3 average, against grain
-    border = np.ones(difference.shape[:2], dtype=bool)
-    width = max(1, int(BORDER * min(border.shape)))
+    border = np.ones(difference.shape[:2], dtype=bool)  # mostly paper
+    width = max(1, min(border.shape) // 20)
     border[width:-width, width:-width] = False
     covariance = np.cov(difference[border].T) + 4 * np.eye(3)
     return difference @ np.linalg.cholesky(np.linalg.inv(covariance))
@@ -175,8 +161,8 @@ def whitened_difference(rgb):
 def fit_paper(rgb):
     """Fit a quadratic surface to the paper's color, float (H, W, 3), as if there were no ink."""
     height, width, _ = rgb.shape
-    scale = min(1, GRID / max(height, width))
-    rows, columns = (max(3, round(side * scale)) for side in (height, width))
+    scale = min(1, 32 / max(height, width))
+    rows, columns = (max(3, round(side * scale)) for side in (height, width))  # of averages
     channels = [Image.fromarray(c) for c in np.moveaxis(rgb.astype(np.float32), 2, 0)]
     reduced = [np.asarray(c.resize((columns, rows), Image.Resampling.BOX)) for c in channels]
     reduced = np.stack(reduced, axis=-1).reshape(-1, 3).astype(float)
@@ -205,7 +191,7 @@ def select_digit(ink, threshold, noiseless):
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper
-    boxes = {i: bounding_box(labels == i) for i in np.flatnonzero(mass > SPECK * mass.max())}
+    boxes = {i: bounding_box(labels == i) for i in np.flatnonzero(mass > 0.03 * mass.max())}
     # A component at the edge is less likely the digit than the table or a neighboring digit.
     main = max(boxes, key=lambda i: mass[i] * (0.2 if touches_edge(boxes[i], ink.shape) else 1))
     main_box, kept, found = boxes.pop(main), [main], []

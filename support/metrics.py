@@ -49,11 +49,11 @@ class Predictions(NamedTuple):
 
     def confusion(self):
         """Confusion matrices (true, predicted): images (10, 10) and, for sums, pairs (19, 19)."""
-        digits, (_, sums), (_, predicted_sums) = self.digits, self.targets(), self.predicted()
-        return (
-            confusion_matrix(digits, self.image_digits()[0], NUM_DIGITS),
-            confusion_matrix(sums.flatten(), predicted_sums.flatten(), NUM_SUMS),
-        )
+        images = torch.zeros(NUM_DIGITS, NUM_DIGITS, dtype=torch.int64)
+        pairs, one = torch.zeros(NUM_SUMS, NUM_SUMS, dtype=torch.int64), torch.tensor(1)
+        images.index_put_((self.digits, self.image_digits()[0]), one, accumulate=True)
+        pairs.index_put_((self.targets()[1], self.predicted()[1]), one, accumulate=True)
+        return images, pairs
 
     def most_confident_errors(self, count):
         """Indices, predicted digits and probabilities of misread images, most confident first."""
@@ -63,17 +63,10 @@ class Predictions(NamedTuple):
         return wrong, digit[wrong], probability[wrong]
 
 
-def confusion_matrix(true, predicted, num_classes):
-    """Counts int64 (C, C) of true class x predicted class, from int64 (N,) each."""
-    cells = torch.bincount(true * num_classes + predicted, minlength=num_classes**2)
-    return cells.view(num_classes, num_classes)
-
-
 def epoch_metrics(steps, epoch):
-    """Aggregate the steps of a training epoch: means, and (epochs trained, digit, sum loss) points.
+    """Means of an epoch, and points of its loss curve, from the rows that `train_epoch` returns.
 
-    steps: float64 (S, 5), per step the mean losses of digit and sum, the numbers of correct digits
-    and sums, and the number of images. Raises UserError if a loss is NaN or infinite.
+    A point is (epochs trained, digit loss, sum loss). UserError if a loss is NaN or infinite.
     """
     broken = (~steps[:, :2].isfinite()).any(dim=1).nonzero()
     if len(broken):
@@ -96,8 +89,7 @@ def epoch_metrics(steps, epoch):
 
 def epoch_row(epoch, lr, train_metrics, predictions, seconds):
     """A row of metrics.csv, from dicts by split. Raises UserError if a loss is NaN or infinite."""
-    metrics = {"train": train_metrics}
-    metrics |= {split: part.metrics() for split, part in predictions.items()}
+    metrics = {"train": train_metrics} | {s: part.metrics() for s, part in predictions.items()}
     row = {"epoch": epoch, "lr": lr}
     for split, values in metrics.items():
         row |= {f"{split}_{k}": v for k, v in values.items() if k != "consistency"}
@@ -109,17 +101,14 @@ def epoch_row(epoch, lr, train_metrics, predictions, seconds):
 def epoch_line(row, epochs):
     """The line that reports an epoch, from its row of metrics.csv."""
     splits = [split for split in ("train", "val", "test") if f"{split}_seconds" in row]
-    losses = [f"{s} {row[f'{s}_digit_loss']:.4f}/{row[f'{s}_sum_loss']:.4f}" for s in splits]
-    accuracies = [
-        f"{split} digit {100 * row[f'{split}_digit_accuracy']:.2f} % "
-        f"sum {100 * row[f'{split}_sum_accuracy']:.2f} % "
-        f"both {100 * row[f'{split}_both_accuracy']:.2f} %"
-        for split in splits[1:]
-    ]
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss digit/sum {' '.join(losses)}  "
-        f"{'  '.join(accuracies)}  {row['train_seconds']:.1f} s"
-    )
+    text = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss digit/sum"
+    for split in splits:
+        text += f" {split} {row[f'{split}_digit_loss']:.4f}/{row[f'{split}_sum_loss']:.4f}"
+    for split in splits[1:]:
+        text += f"  {split}"
+        for name in ("digit", "sum", "both"):
+            text += f" {name} {100 * row[f'{split}_{name}_accuracy']:.2f} %"
+    return f"{text}  {row['train_seconds']:.1f} s"
 
 
 def run_title(info, row):

@@ -13,8 +13,7 @@ from matplotlib.ticker import LogLocator
 from support.constants import NUM_DIGITS, NUM_SUMS
 
 COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 6, 24, 30  # of the plots made of images
-# The colors are from the Okabe-Ito palette, which is safe for color-blind readers.
-CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"
+CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
 OUTPUT_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
 SPLIT_STYLES = {"train": {"lw": 1, "alpha": 0.7}, "val": {"ls": ":"}, "test": {"lw": 2}}
 

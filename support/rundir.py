@@ -103,9 +103,8 @@ class RunDir:
         if scores[-1] > max(scores[:-1], default=0.0):
             self.save_checkpoint(BEST, checkpoint)
         text = io.StringIO()
-        writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
+        table = [history[0], *(row.values() for row in history)]
+        csv.writer(text, lineterminator="\n").writerows(table)
         self.write("metrics.csv", text.getvalue().encode())
         settings = {name: checkpoint[name] for name in ("flags", "recipe", "calls")}
         args = {"command": calls[-1]["command"], **checkpoint["info"], **settings}
@@ -165,16 +164,14 @@ def load_checkpoint(path):
     path = find_checkpoint(path)
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-    try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             marked = any(entry.external_attr for entry in archive.infolist())  # torch sets none
             if marked or archive.testzip():  # torch.load accepts damaged tensors
                 raise zipfile.BadZipFile
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        raise UserError(f"{path} is damaged or not a checkpoint") from error
+        reason = getattr(error, "strerror", None) or "damaged or not a checkpoint"
+        raise UserError(f"cannot read {path} ({reason})") from error
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT.items()
     ):

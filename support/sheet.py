@@ -2,44 +2,31 @@
 
 import numpy as np
 
-MIN_PICTURE = 64  # pixels; a smaller picture is nothing but a sheet
-MIN_AREA = 0.05  # of the picture
-SOLID, WIDE = 0.7, 0.4  # a hole that fills this much of its box, and this much of the sheet's
-# height and width, is the inside of a 0
-RECTANGULAR = 0.87  # of the smallest rectangle around it; an ellipse fills 0.79
-INK_SIDE = 0.15  # longer side of the ink, as a fraction of the sheet's shorter side
-BLUR = 2  # pixels at the sheet's edge that are left out
-
 
 def find_sheet(rgb):
-    """The sheet in a picture, float (H, W, 3): [[top, left], [bottom, right]], or None.
+    """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
-    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink. Of those that
-    contain no other sheet the largest is returned. It may be the whole picture.
+    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink.
     """
     gray, sheets = rgb.mean(axis=2), []
-    if max(gray.shape) < MIN_PICTURE:
+    if max(gray.shape) < 64:  # nothing but a sheet
         return None
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
         areas = np.bincount(labels.ravel())
         areas[0] = 0  # label 0 is the rest of the picture
-        for label in np.flatnonzero(areas > MIN_AREA * gray.size):
+        for label in np.flatnonzero(areas > 0.05 * gray.size):
             sheet, ink = fill_holes(labels == label, mask)
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
                 if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else its edge is that of a shadow
-                    sheets.append((sheet.sum(), sheet, box))
-    sheets.sort(key=lambda item: item[0])
-    innermost = [
-        box
-        for i, (_, sheet, box) in enumerate(sheets)
-        if not any(sheet[smaller].all() for _, smaller, _ in sheets[:i])
-    ]
-    if not innermost:
-        return None
-    box = innermost[-1]
-    return box + np.where(box == [[0, 0], gray.shape], 0, [[BLUR], [-BLUR]])
+                    sheets.append((sheet, box))
+    sheets.sort(key=lambda item: item[0].sum())
+    while sheets:
+        sheet, box = sheets.pop()
+        if not any(sheet[smaller].all() for smaller, _ in sheets):
+            return box + np.where(box == [[0, 0], gray.shape], 0, [[2], [-2]])  # no blurred edge
+    return None
 
 
 def similar_pixels(gray):
@@ -65,9 +52,10 @@ def fill_holes(region, mask):
         return filled, None
     ink = holes == np.bincount(holes[holes > 0]).argmax()
     sides, sheet_sides = (np.ptp(bounding_box(part), axis=0) for part in (ink, filled))
-    is_loop = ink.sum() > SOLID * sides.prod() and (sides > WIDE * sheet_sides).all()
-    is_small = sides.max() < INK_SIDE * sheet_sides.min()
-    return filled, None if is_loop or is_small else ink
+    # The inside of a 0 fills most of its box, and much of the height and the width of the "sheet".
+    inside_0 = ink.sum() > 0.7 * sides.prod() and (sides > 0.4 * sheet_sides).all()
+    too_small = sides.max() < 0.15 * sheet_sides.min()
+    return filled, None if inside_0 or too_small else ink
 
 
 def is_rectangle(mask):
@@ -75,7 +63,8 @@ def is_rectangle(mask):
     points = np.argwhere(np.diff(np.pad(mask, ((0, 0), (1, 1)))))  # the ends of the rows: (N, 2)
     angles = np.radians(np.arange(0, 180, 3))
     extent = np.ptp(points @ np.stack([np.cos(angles), np.sin(angles)]), axis=0)
-    return mask.sum() > RECTANGULAR * (extent * np.roll(extent, 30)).min()  # at right angles
+    area = (extent * np.roll(extent, 30)).min()  # two extents at right angles
+    return mask.sum() > 0.87 * area  # an ellipse fills 0.79 of it
 
 
 def grow(box, mask):

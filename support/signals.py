@@ -1,8 +1,7 @@
 """Stopping on Ctrl-C or SIGTERM at a point where nothing is lost."""
 
 import signal
-import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Stopped(Exception):
@@ -23,9 +22,7 @@ class StopFlag:
         """A block that a requested stop ends early, without an error."""
         try:
             yield
-        except Stopped:
-            pass
-        except RuntimeError:  # a peer may have stopped first, in the middle of communication
+        except (Stopped, RuntimeError):  # the latter if a peer has stopped first
             if self.signum is None:
                 raise
 
@@ -35,20 +32,17 @@ NEVER = StopFlag()  # is never set
 
 @contextmanager
 def stop_on_signals():
-    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once.
-
-    In another thread than the main one, which alone may handle signals, it is never set.
-    """
+    """A StopFlag that SIGINT and SIGTERM set. A second signal ends the program at once."""
     flag, previous = StopFlag(), {}
-    in_main_thread = threading.current_thread() is threading.main_thread()
 
     def handle(signum, frame):
         flag.signum = signum
         for caught in previous:
             signal.signal(caught, signal.SIG_DFL)
 
-    for caught in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
-        previous[caught] = signal.signal(caught, handle)
+    with suppress(ValueError):  # not in the main thread: the flag is never set
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            previous[caught] = signal.signal(caught, handle)
     try:
         yield flag
     finally:
