@@ -40,7 +40,15 @@ FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: the code of the m
 
 
 def export(path, predictor, checkpoint, data):
-    """Write a Predictor, in the format of the suffix, and its model card; returns both paths."""
+    """Write a network and its model card in the format of the suffix, a key of FORMATS.
+
+    Args:
+        predictor: the module that maps uint8 (B, 28, 28) and int64 (B,) to two probabilities.
+        data: text on what the network of the checkpoint was trained on.
+
+    Returns:
+        The paths of both files.
+    """
     batch = {0: torch.export.Dim("batch")}  # any size
     program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
     for module in program.graph_module.modules():
