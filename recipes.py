@@ -76,8 +76,9 @@ RECIPES = {
         "best accuracy for its cost: four convolutions, affine augmentation",
         compact, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED),
     "fast": Recipe(
-        "trains in seconds: two convolutions, no augmentation",
-        small, OuterProduct, 1, 128, 0.01, **OURS),
+        "trains in seconds: two convolutions, weak affine augmentation",
+        small, OuterProduct, 1, 128, 0.01, **OURS,
+        affine=Affine(degrees=5, translate=0.05, scale=0.05, shear=5)),
     "tiny": Recipe(
         "fewer than 8,000 parameters: depthwise separable convolutions",
         tiny, OuterProduct, 20, 256, 0.02, **OURS, **AUGMENTED),

@@ -22,7 +22,7 @@ HEAD = 100 * 19
 SMALL_FIRST = 24 * 24 * 16 * 5 * 5
 COMPACT_FIRST = 14 * 14 * 32 * 5 * 5
 BY_HAND = {
-    "fast": (SMALL_FIRST, 10 * 10 * 32 * 16 * 3 * 3 + 800 * 256 + 256 * 10 + HEAD),
+    "fast": (SMALL_FIRST, 8 * 8 * 48 * 16 * 3 * 3 + 768 * 256 + 256 * 10 + HEAD),
     "default": (
         COMPACT_FIRST,
         (14 * 14 * 64 * 32 + 7 * 7 * 128 * 64 + 5 * 5 * 128 * 128) * 3 * 3 + 128 * 10 + HEAD,
