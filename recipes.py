@@ -102,14 +102,14 @@ RECIPES = {
         optimizer="Adam", **PUBLISHED),
     "concat-linear-fixed": Recipe(
         "concat-linear on probabilities, with a decaying learning rate",
-        published.six_conv, published.ConcatProbabilities, 5, 64, 0.001, loss_weight=0.5,
+        published.six_conv, published.ConcatProbabilities, 3, 64, 0.002, loss_weight=0.5,
         optimizer="Adam", **PUBLISHED | {"schedule": one_cycle}),
     "added": Recipe(
         "published: embedded number added to 60 features",
         published.two_conv_fc, published.Added, 12, 16, 0.001, optimizer="Adam", **PUBLISHED),
     "added-fixed": Recipe(
         "added on probabilities, with a decaying learning rate",
-        published.two_conv_fc, published.AddedProbabilities, 12, 16, 0.001, optimizer="Adam",
+        published.two_conv_fc, published.AddedProbabilities, 12, 16, 0.003, optimizer="Adam",
         **PUBLISHED | {"schedule": one_cycle}),
 }
 # fmt: on
