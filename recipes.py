@@ -94,7 +94,7 @@ RECIPES = {
         published.two_conv, published.TwoSoftmaxes, 100, 32, 0.001, **SHARED_TRUNK),
     "shared-trunk-fixed": Recipe(
         "shared-trunk with one softmax and a decaying learning rate",
-        published.two_conv, published.SharedTrunk, 100, 32, 0.02,
+        published.two_conv, published.SharedTrunk, 60, 32, 0.01,
         **SHARED_TRUNK | {"schedule": one_cycle}),
     "concat-linear": Recipe(
         "published: digit logits and one-hot number into one linear layer",
