@@ -202,9 +202,13 @@ def read_verified(data_dir):
 
 
 def download(mnist, data_dir):
-    """Like `read_verified`, after a download; if that fails, ConnectionError, and no new file."""
+    """Download MNIST with torchvision; returns the same as `read_verified`.
+
+    Raises ConnectionError if it fails, and then creates no file.
+    """
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
-    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:  # others wait
+    # Of several processes one downloads while the others wait.
+    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):
             return read_verified(data_dir)
         timeout = socket.getdefaulttimeout()

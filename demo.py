@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self):
         deadline = threading.Timer(DEADLINE, self.connection.shutdown, [socket.SHUT_RDWR])
-        deadline.daemon = True
+        deadline.daemon = True  # the program can end before it
         deadline.start()
         with suppress(OSError):  # the client is gone or too slow
             super().handle()

@@ -73,9 +73,9 @@ def compact():
 
 
 def small():
-    """Two convolutions and a fully connected layer, without the outermost pixels of the image."""
+    """Two convolutions and a fully connected layer, on the image without two pixels per side."""
     return nn.Sequential(
-        nn.ZeroPad2d(-2),  # (B, 1, 24, 24): the border of the image is nearly always empty
+        nn.ZeroPad2d(-2),  # crops to (B, 1, 24, 24): the border is nearly always empty
         conv_norm_relu(1, 16, kernel=5, padding=0, pool=2),  # (B, 16, 10, 10)
         conv_norm_relu(16, 48, kernel=3, padding=0, pool=2),  # (B, 48, 4, 4)
         nn.Flatten(),  # (B, 768)

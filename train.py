@@ -258,7 +258,7 @@ def check_batch_size(recipe, num_images, model):
     smallest = (last or recipe.batch_size) // world_size  # share of a process
     batch_norm = torch.nn.modules.batchnorm._BatchNorm  # cannot normalize a single image
     if smallest < 2 and any(isinstance(layer, batch_norm) for layer in model.modules()):
-        raise UserError(f"{size} leaves a process less than 2 images for batch normalization", 2)
+        raise UserError(f"{size} leaves a process fewer than 2 images for batch normalization", 2)
 
 
 if __name__ == "__main__":

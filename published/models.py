@@ -144,8 +144,12 @@ class OnProbabilities(nn.Module):
 
 
 class ConcatProbabilities(OnProbabilities):
+    """ConcatLinear on probabilities."""
+
     published = ConcatLinear
 
 
 class AddedProbabilities(OnProbabilities):
+    """Added on probabilities, with ten features instead of sixty."""
+
     published = Added

@@ -20,7 +20,7 @@ Recognizes a handwritten digit and predicts its sum with a given number from 0 t
 - Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
 - Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
 - Inference time in {runtime} (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
-  {milliseconds[1]:.0f} ms for 256 (the fastest of 10 calls on the machine that exported it).
+  {milliseconds[1]:.0f} ms for 256 (the fastest of 10 calls, on a machine that may have been busy).
 - Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
 
 ```python

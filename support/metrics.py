@@ -64,9 +64,9 @@ class Predictions(NamedTuple):
 
 
 def epoch_metrics(steps, epoch):
-    """Means of an epoch, and points of its loss curve, from the rows that `train_epoch` returns.
+    """Means of an epoch, and points of its loss curve: (epochs trained, digit loss, sum loss).
 
-    A point is (epochs trained, digit loss, sum loss). UserError if a loss is NaN or infinite.
+    steps: float64 (S, 5), from `train_epoch`. Raises UserError if a loss is NaN or infinite.
     """
     broken = (~steps[:, :2].isfinite()).any(dim=1).nonzero()
     if len(broken):

@@ -103,8 +103,9 @@ class RunDir:
         if scores[-1] > max(scores[:-1], default=0.0):
             self.save_checkpoint(BEST, checkpoint)
         text = io.StringIO()
-        table = [history[0], *(row.values() for row in history)]
-        csv.writer(text, lineterminator="\n").writerows(table)
+        writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
         self.write("metrics.csv", text.getvalue().encode())
         settings = {name: checkpoint[name] for name in ("flags", "recipe", "calls")}
         args = {"command": calls[-1]["command"], **checkpoint["info"], **settings}
