@@ -19,7 +19,7 @@ from support.constants import NUM_DIGITS, SIDE
 
 # Multiply-adds by hand: each output of a layer times the inputs that it is computed from.
 HEAD = 100 * 19
-SMALL_FIRST = 24 * 24 * 16 * 5 * 5
+SMALL_FIRST = 20 * 20 * 16 * 5 * 5
 COMPACT_FIRST = 14 * 14 * 32 * 5 * 5
 BY_HAND = {
     "fast": (SMALL_FIRST, 8 * 8 * 48 * 16 * 3 * 3 + 768 * 256 + 256 * 10 + HEAD),
