@@ -1,8 +1,8 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
 `prepare` finds the sheet, separates ink from paper and normalizes the digit as in MNIST: crop, pad
-to a square, shrink to 20x20 by area averaging, scale the maximum to 255, shift the center of mass
-to index 14. MNIST's own digits change by at most one gray level.
+to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255, shift the center of
+mass to index 14. MNIST's own digits change by at most one gray level.
 """
 
 import io
@@ -220,6 +220,8 @@ def as_mnist(ink):
     square = np.pad(ink.astype(np.float32), [(n // 2, n - n // 2) for n in missing])
     shrunk = Image.fromarray(square).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BOX)
     digit = np.asarray(shrunk, dtype=float)
+    if len(square) > DIGIT_SIDE:  # shrinking makes thin strokes gray: the darkest quarter is full
+        digit = np.minimum(digit, np.quantile(digit[digit > 0.1 * digit.max()], 0.75))
     center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]
     padded = np.zeros((SIDE + 2 * DIGIT_SIDE, SIDE + 2 * DIGIT_SIDE), np.uint8)
     y, x = (DIGIT_SIDE + math.ceil(CENTER - 0.5 - c) for c in center)

@@ -49,12 +49,12 @@ def test_images_of_mnist_are_unchanged(images, how):
         assert prepared.warnings == ()
 
 
-def seven(size=200, ink="black", paper="white", mode="RGB"):
-    """A seven in the middle of a sheet."""
+def seven(size=200, ink="black", paper="white", mode="RGB", width=None):
+    """A seven in the middle of a sheet, its strokes `width` pixels wide."""
     sheet = Image.new("RGB", (size, size), paper)
     points = [(0.3, 0.25), (0.7, 0.25), (0.45, 0.8)]
     line = [(x * size, y * size) for x, y in points]
-    ImageDraw.Draw(sheet).line(line, fill=ink, width=size // 16, joint="curve")
+    ImageDraw.Draw(sheet).line(line, fill=ink, width=width or size // 16, joint="curve")
     return sheet.convert(mode)
 
 
@@ -88,6 +88,11 @@ def test_color_size_and_mode_of_a_picture_do_not_matter(picture):
     assert prepared.pixels.shape == (28, 28) and prepared.pixels.max() == 255
     sides = [np.ptp(np.nonzero(prepared.pixels.any(axis=axis))) + 1 for axis in (0, 1)]
     assert max(sides) == 20
+
+
+def test_thin_strokes_are_not_fainter_than_thick_ones():
+    pixels = prepare(seven(400, width=5)).pixels
+    assert np.median(pixels[pixels > 25]) > 200
 
 
 def test_transparency_is_white_paper():
