@@ -120,13 +120,10 @@ class Predictor(torch.nn.Module):
         """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
         log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
-        return tuple(unsmoothed(x.exp(), self.recipe["label_smoothing"]) for x in log_probs)
-
-
-def unsmoothed(probabilities, label_smoothing):
-    """Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p."""
-    p = (probabilities - label_smoothing / probabilities.shape[-1]).clamp(min=0)
-    return p / p.sum(dim=-1, keepdim=True)
+        # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.
+        e = self.recipe["label_smoothing"]
+        probabilities = [(x.exp() - e / x.shape[-1]).clamp(min=0) for x in log_probs]
+        return tuple(p / p.sum(dim=-1, keepdim=True) for p in probabilities)
 
 
 def predict(predictor, prepared, addend):

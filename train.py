@@ -90,8 +90,7 @@ def evaluate(model, dataset, autocast, stop=NEVER):
     model.eval()
     count, device = len(dataset), dataset.device
     addends = torch.eye(NUM_DIGITS, device=device)
-    digit_log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS, device=device)
-    sum_log_probs = torch.zeros(count, NUM_DIGITS, NUM_SUMS, device=device)
+    log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS + NUM_SUMS, device=device)
     share = torch.arange(distributed.rank(), count, distributed.world_size(), device=device)
     for indices in share.split(EVAL_BATCH):
         stop.check()
@@ -99,10 +98,9 @@ def evaluate(model, dataset, autocast, stop=NEVER):
             features = model.encode(dataset.normalized(indices))  # (B, F)
         features = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
         outputs = model.classify(features, addends.repeat(len(indices), 1))
-        digit_log_probs[indices] = outputs[0].view(-1, NUM_DIGITS, NUM_DIGITS)
-        sum_log_probs[indices] = outputs[1].view(-1, NUM_DIGITS, NUM_SUMS)
-    log_probs = map(distributed.all_reduce_sum, (digit_log_probs, sum_log_probs))
-    return metrics.Predictions(*(tensor.cpu() for tensor in log_probs), dataset.digits.cpu())
+        log_probs[indices] = torch.cat(outputs, dim=1).unflatten(0, (-1, NUM_DIGITS))
+    log_probs = distributed.all_reduce_sum(log_probs).cpu().split([NUM_DIGITS, NUM_SUMS], dim=2)
+    return metrics.Predictions(*log_probs, dataset.digits.cpu())
 
 
 @exit_status

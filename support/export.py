@@ -5,6 +5,7 @@ import io
 import timeit
 import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -12,21 +13,6 @@ from support.constants import SIDE
 from support.errors import UserError
 from support.files import write_atomic
 
-MODEL_CARD = """# {name}
-
-Recognizes a handwritten digit and predicts its sum with a given number from 0 to 9.
-
-- Model: recipe `{recipe}`, {parameters:,} parameters.
-- Training: {data}, seed {seed}, epoch {epoch} of {epochs}.
-- Test accuracy, with all ten numbers: digit {test_digit_accuracy:.2%}, sum {test_sum_accuracy:.2%}.
-- Inference time in {runtime} (CPU, threads: {threads}): {milliseconds[0]:.2f} ms for one image,
-  {milliseconds[1]:.0f} ms for 256 (the fastest of 10 calls, on a machine that may have been busy).
-- Limitations: one digit per image, normalized as in MNIST (see `support/handwriting.py`).
-
-```python
-{code}
-```
-"""
 PT2_CODE = """import torch
 model = torch.export.load({name!r}).module()
 pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)  # light on dark; any batch size
@@ -54,7 +40,12 @@ def export(path, predictor, checkpoint, data):
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # contains paths of this machine
-    content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
+    buffer = io.BytesIO()
+    if path.suffix == ".onnx":
+        buffer.write(as_onnx(program))
+    else:
+        torch.export.save(program, buffer)
+    content = buffer.getvalue()
     card_path = path.with_name(f"{path.name}.md")
     card = model_card(path, predictor, content, checkpoint, data)
     write_atomic(path, content)
@@ -64,13 +55,6 @@ def export(path, predictor, checkpoint, data):
 
 def example(batch_size):
     return torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
-
-
-def as_pt2(program):
-    """The content of a .pt2 file, bytes-like."""
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    return content.getbuffer()
 
 
 def as_onnx(program):
@@ -97,7 +81,8 @@ def model_card(path, predictor, content, checkpoint, data):
     seconds = [
         min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=10)) for size in (1, 256)
     ]
-    return MODEL_CARD.format(
+    template = Path(__file__).with_name("model_card.md").read_text("utf-8")
+    return template.format(
         name=path.name,
         data=data,
         runtime=runtime,

@@ -49,11 +49,10 @@ class Predictions(NamedTuple):
 
     def confusion(self):
         """Confusion matrices (true, predicted): images (10, 10) and, for sums, pairs (19, 19)."""
-        images = torch.zeros(NUM_DIGITS, NUM_DIGITS, dtype=torch.int64)
-        pairs, one = torch.zeros(NUM_SUMS, NUM_SUMS, dtype=torch.int64), torch.tensor(1)
-        images.index_put_((self.digits, self.image_digits()[0]), one, accumulate=True)
-        pairs.index_put_((self.targets()[1], self.predicted()[1]), one, accumulate=True)
-        return images, pairs
+        digits = NUM_DIGITS * self.digits + self.image_digits()[0]
+        sums = NUM_SUMS * self.targets()[1] + self.predicted()[1]
+        cells = (digits, NUM_DIGITS), (sums.flatten(), NUM_SUMS)
+        return [cell.bincount(minlength=n * n).view(n, n) for cell, n in cells]
 
     def most_confident_errors(self, count):
         """Indices, predicted digits and probabilities of misread images, most confident first."""
