@@ -217,7 +217,7 @@ def main(argv):
                 run_dir.write(name, plots.as_png(figure))
     if interrupted and history:
         log(f"resume   {run_dir.resume_command()}")
-    elif not args.quiet:
+    elif not interrupted and not args.quiet:
         log(f"saved    {run_dir.path}")
     return 0 if stop.signum is None else 128 + stop.signum  # also if stopped while plotting
 

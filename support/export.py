@@ -40,12 +40,7 @@ def export(path, predictor, checkpoint, data):
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # contains paths of this machine
-    buffer = io.BytesIO()
-    if path.suffix == ".onnx":
-        buffer.write(as_onnx(program))
-    else:
-        torch.export.save(program, buffer)
-    content = buffer.getvalue()
+    content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
     card_path = path.with_name(f"{path.name}.md")
     card = model_card(path, predictor, content, checkpoint, data)
     write_atomic(path, content)
@@ -55,6 +50,13 @@ def export(path, predictor, checkpoint, data):
 
 def example(batch_size):
     return torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
+
+
+def as_pt2(program):
+    """The content of a .pt2 file, bytes-like."""
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getbuffer()
 
 
 def as_onnx(program):

@@ -220,7 +220,7 @@ def as_mnist(ink):
     square = np.pad(ink.astype(np.float32), [(n // 2, n - n // 2) for n in missing])
     shrunk = Image.fromarray(square).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BOX)
     digit = np.asarray(shrunk, dtype=float)
-    if len(square) > DIGIT_SIDE:  # shrinking makes thin strokes gray: the darkest quarter is full
+    if len(square) > DIGIT_SIDE:  # shrinking makes thin strokes gray: a quarter counts as full
         digit = np.minimum(digit, np.quantile(digit[digit > 0.1 * digit.max()], 0.75))
     center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]
     padded = np.zeros((SIDE + 2 * DIGIT_SIDE, SIDE + 2 * DIGIT_SIDE), np.uint8)

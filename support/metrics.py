@@ -51,7 +51,7 @@ class Predictions(NamedTuple):
         """Confusion matrices (true, predicted): images (10, 10) and, for sums, pairs (19, 19)."""
         digits = NUM_DIGITS * self.digits + self.image_digits()[0]
         sums = NUM_SUMS * self.targets()[1] + self.predicted()[1]
-        cells = (digits, NUM_DIGITS), (sums.flatten(), NUM_SUMS)
+        cells = (digits, NUM_DIGITS), (sums.flatten(), NUM_SUMS)  # true class x classes + predicted
         return [cell.bincount(minlength=n * n).view(n, n) for cell, n in cells]
 
     def most_confident_errors(self, count):
