@@ -1,4 +1,4 @@
-"""The two-headed network, our encoders and our head.
+"""The two-headed network, our encoders and our heads.
 
 An encoder maps an image to features (B, F). A head maps the features and the one-hot addend to the
 logits of the digit and of the sum. Any encoder works with any head; a recipe names one of each.
@@ -93,24 +93,36 @@ def separable(inputs, outputs, pool=1):
     )
 
 
-class Residual(nn.Sequential):
-    """Layers with a skip connection."""
+class SharedPointwise(nn.Module):
+    """Residual separable convolutions that share the weights of their pointwise convolution."""
+
+    def __init__(self, channels, depth):
+        super().__init__()
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+            for _ in range(depth)
+        )
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(depth))
+        for norm in self.norms:  # else the features would grow with each repetition
+            nn.init.constant_(norm.weight, 1 / depth)
 
     def forward(self, x):
-        return x + super().forward(x)
+        for depthwise, norm in zip(self.depthwise, self.norms, strict=True):
+            x = x + F.relu(norm(self.pointwise(depthwise(x))))
+        return x
 
 
 def tiny():
     """Depth with few parameters, after MobileNet (arXiv 1704.04861) and ResNet (1512.03385)."""
     return nn.Sequential(
-        conv_norm_relu(1, 16, kernel=5, pool=2),  # (B, 16, 14, 14)
-        separable(16, 24),  # (B, 24, 14, 14)
-        separable(24, 30, pool=2),  # (B, 30, 7, 7)
-        Residual(separable(30, 30)),
-        Residual(separable(30, 30)),
-        Residual(separable(30, 30)),
-        nn.MaxPool2d(7),
-        nn.Flatten(),  # (B, 30)
+        nn.ZeroPad2d(-1),  # crops to (B, 1, 26, 26)
+        conv_norm_relu(1, 16, kernel=5, pool=2),  # (B, 16, 13, 13)
+        separable(16, 24),  # (B, 24, 13, 13)
+        separable(24, 36, pool=2),  # (B, 36, 6, 6)
+        SharedPointwise(36, depth=4),
+        nn.MaxPool2d(6),
+        nn.Flatten(),  # (B, 36)
     )
 
 
@@ -136,3 +148,25 @@ class OuterProduct(nn.Module):
         products = F.softmax(digit_logits, dim=1).unsqueeze(2) * addend.unsqueeze(1)  # (B, 10, 10)
         # For an image about one of the 100 products is large: each weight learns from few images.
         return digit_logits, 10 * self.sum(products.flatten(1))
+
+
+class LowRankProduct(nn.Module):
+    """OuterProduct with a quarter of its parameters: products of embeddings instead of all pairs.
+
+    Addition is commutative, so digit and addend share an embedding. A bilinear map of low rank,
+    after Kim et al. 2017 (arXiv 1610.04325).
+    """
+
+    rank = 16
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = digit_layer(num_features)
+        self.embedding = nn.Linear(NUM_DIGITS, self.rank, bias=False)
+        self.sum = nn.Linear(self.rank, NUM_SUMS)
+
+    def forward(self, features, addend):
+        digit_logits = self.digit(features)  # (B, 10)
+        probs = F.softmax(digit_logits, dim=1)
+        products = self.embedding(probs) * self.embedding(addend)  # (B, 16)
+        return digit_logits, 10 * self.sum(products)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from model import OuterProduct, build_model, compact, small, tiny
+from model import LowRankProduct, OuterProduct, build_model, compact, small, tiny
 from published import models as published
 from support.augment import Affine
 from support.constants import MEAN, STD
@@ -80,8 +80,8 @@ RECIPES = {
         small, OuterProduct, 1, 128, 0.01, **OURS,
         affine=Affine(degrees=5, translate=0.05, scale=0.05, shear=5)),
     "tiny": Recipe(
-        "fewer than 8,000 parameters: depthwise separable convolutions",
-        tiny, OuterProduct, 20, 256, 0.02, **OURS, **AUGMENTED),
+        "fewer than 6,000 parameters: separable convolutions with shared weights",
+        tiny, LowRankProduct, 60, 256, 0.02, **OURS, **AUGMENTED),
     "concat-mlp": Recipe(
         "published: digit logits and one-hot number into FC 128",
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
