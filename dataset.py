@@ -73,19 +73,19 @@ class MNISTSum(Dataset):
         """
         self.epoch = epoch
         # Drawn for all images, not only for `indices`: so --val-size does not change the draws.
-        draw = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
-        addends = torch.randint(NUM_DIGITS, (self.population,), generator=draw)
+        rng = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
+        addends = torch.randint(NUM_DIGITS, (self.population,), generator=rng)
         self.addends = addends[self.indices].to(self.device)  # (n,)
         self.matrices = None
         if self.affine and augment:
-            draw = generator(self.seed, self.split, epoch, "affine")
-            matrices = affine_matrices(self.population, self.affine, draw)
+            rng = generator(self.seed, self.split, epoch, "affine")
+            matrices = affine_matrices(self.population, self.affine, rng)
             self.matrices = matrices[self.indices].to(self.device)  # (n, 2, 3)
 
     def order(self):
         """The shuffled order of the epoch: int64 (n,) on the device."""
-        draw = generator(self.seed, self.split, self.epoch, "order")
-        return torch.randperm(len(self), generator=draw).to(self.device)
+        rng = generator(self.seed, self.split, self.epoch, "order")
+        return torch.randperm(len(self), generator=rng).to(self.device)
 
     def batches(self, batch_size, drop_last=False, rank=0, world_size=1):
         """Yield for each batch its size and this rank's share of it, which may be empty."""
@@ -207,7 +207,7 @@ def download(mnist, data_dir):
     Raises ConnectionError if it fails, and then creates no file.
     """
     existing = next(path for path in data_dir.absolute().parents if path.is_dir())
-    # Of several processes one downloads while the others wait.
+    # One process downloads while the others wait.
     with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):
             return read_verified(data_dir)

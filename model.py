@@ -12,7 +12,10 @@ from support.constants import NUM_DIGITS, NUM_SUMS, SIDE
 
 
 class TwoHeadedNet(nn.Module):
-    """`digit_log_probs, sum_log_probs = model(image, addend)`: (B, 10), (B, 19)."""
+    """`digit_log_probs, sum_log_probs = model(image, addend)`: (B, 10), (B, 19).
+
+    Images are float32 (B, 1, 28, 28), addends one-hot, float32 (B, 10).
+    """
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -49,13 +52,13 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def conv_norm_relu(inputs, outputs, kernel, stride=1, padding=None, pool=1):
+def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=None, pool=1):
     """Convolution, optional max pooling, batch normalization, ReLU."""
     padding = kernel // 2 if padding is None else padding
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
+        nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False),
         nn.MaxPool2d(pool) if pool > 1 else nn.Identity(),
-        nn.BatchNorm2d(outputs),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
 
@@ -85,11 +88,11 @@ def small():
     )
 
 
-def separable(inputs, outputs, pool=1):
-    """A depthwise 3x3 convolution and a pointwise one: about a seventh of the parameters."""
+def separable(in_channels, out_channels, pool=1):
+    """A depthwise and a pointwise convolution: a seventh of the parameters of a full 3x3 one."""
     return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
-        *conv_norm_relu(inputs, outputs, kernel=1, pool=pool),
+        nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
+        *conv_norm_relu(in_channels, out_channels, kernel=1, pool=pool),
     )
 
 
@@ -127,15 +130,16 @@ def tiny():
 
 
 def digit_layer(num_features):
-    """Features to digit logits. An encoder with ten features returns the logits itself."""
+    """Features to digit logits. Ten features are taken to be the logits already."""
     return nn.Identity() if num_features == NUM_DIGITS else nn.Linear(num_features, NUM_DIGITS)
 
 
 class OuterProduct(nn.Module):
     """The outer product of digit probabilities and one-hot addend, 10 x 10, then FC 19.
 
-    P(sum = s) = P(digit = s - addend) is linear in these 100 products, so one linear layer can
-    represent it exactly. A linear layer on the 10 + 10 inputs, which sees no products, cannot.
+    P(sum = s) = P(digit = s - addend) is linear in these 100 products, so one linear layer can make
+    it, times a factor, the logit of s. Then the predicted sum is always the predicted digit plus
+    the addend. A linear layer on the 10 + 10 inputs, without products, learns the sum slowly.
     """
 
     def __init__(self, num_features):
@@ -146,7 +150,8 @@ class OuterProduct(nn.Module):
     def forward(self, features, addend):
         digit_logits = self.digit(features)  # (B, 10)
         products = F.softmax(digit_logits, dim=1).unsqueeze(2) * addend.unsqueeze(1)  # (B, 10, 10)
-        # For an image about one of the 100 products is large: each weight learns from few images.
+        # About one of the 100 products is large, so each weight gets its gradient from few images:
+        # the factor 10 makes them learn faster.
         return digit_logits, 10 * self.sum(products.flatten(1))
 
 

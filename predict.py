@@ -32,7 +32,8 @@ def parse_args(argv):
     flag = parser.add_argument
     flag("run", help="run directory or checkpoint")
     flag("image", nargs="*", help="image of a digit, in any format that Pillow reads; - for stdin")
-    flag("--add", type=int, choices=range(10), default=0, metavar="N", help="0 to 9 (default: 0)")
+    text = "addend, 0 to 9 (default: 0)"
+    flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
     flag("--json", action="store_true", help="print a JSON list with one object per image")
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
     text = "export the network, with a model card; .pt2 is for PyTorch, .onnx for other runtimes"
@@ -144,7 +145,7 @@ def make_record(file, prepared, digits, sums, addend):
     if NO_INK not in prepared.warnings:
         record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
         record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
-        record["warnings"] += ["the digit is doubtful"] if digits.max() < UNSURE else []
+        record["warnings"] += ["the digit is uncertain"] if digits.max() < UNSURE else []
     return record
 
 

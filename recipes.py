@@ -83,11 +83,11 @@ RECIPES = {
         "fewer than 6,000 parameters: separable convolutions with shared weights",
         tiny, LowRankProduct, 60, 256, 0.02, **OURS, **AUGMENTED),
     "concat-mlp": Recipe(
-        "published: digit logits and one-hot number into FC 128",
+        "published: digit logits and one-hot addend into FC 128",
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
         optimizer="SGD", optimizer_options={"momentum": 0.7}, **PUBLISHED),
     "shared-trunk": Recipe(
-        "published: embedded number and features into one trunk, two softmaxes",
+        "published: embedded addend and features into one trunk, two softmaxes",
         published.two_conv, published.TwoSoftmaxes, 100, 32, 0.01, **SHARED_TRUNK),
     "shared-trunk-slow": Recipe(
         "published: shared-trunk with a tenth of the learning rate",
@@ -97,7 +97,7 @@ RECIPES = {
         published.two_conv, published.SharedTrunk, 60, 32, 0.01,
         **SHARED_TRUNK | {"schedule": one_cycle}),
     "concat-linear": Recipe(
-        "published: digit logits and one-hot number into one linear layer",
+        "published: digit logits and one-hot addend into one linear layer",
         published.six_conv, published.ConcatLinear, 25, 64, 0.001, loss_weight=0.5,
         optimizer="Adam", **PUBLISHED),
     "concat-linear-fixed": Recipe(
@@ -105,7 +105,7 @@ RECIPES = {
         published.six_conv, published.ConcatProbabilities, 3, 64, 0.002, loss_weight=0.5,
         optimizer="Adam", **PUBLISHED | {"schedule": one_cycle}),
     "added": Recipe(
-        "published: embedded number added to 60 features",
+        "published: embedded addend added to 60 features",
         published.two_conv_fc, published.Added, 12, 16, 0.001, optimizer="Adam", **PUBLISHED),
     "added-fixed": Recipe(
         "added on probabilities, with a decaying learning rate",

@@ -1,4 +1,4 @@
-"""Train a two-headed network on MNIST: image and random number in, digit and their sum out.
+"""Train a two-headed network on MNIST: image and random addend in, digit and sum out.
 
 python train.py                              # the default recipe
 python train.py --recipe fast                # one epoch, in seconds
@@ -41,13 +41,14 @@ def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
     model.train()
     rank, world_size = distributed.rank(), distributed.world_size()
     steps_per_epoch = dataset.num_batches(recipe.batch_size, recipe.drop_last)
-    first_step = (dataset.epoch - 1) * steps_per_epoch
+    first_step, total_steps = (dataset.epoch - 1) * steps_per_epoch, recipe.epochs * steps_per_epoch
     batches = dataset.batches(recipe.batch_size, recipe.drop_last, rank, world_size)
-    rows, batch_sizes = [], []
+    rows = []
     for step, (batch_size, batch) in enumerate(batches, start=first_step):
         stop.check()
+        lr = recipe.lr * recipe.schedule(step, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * recipe.schedule(step, recipe.epochs * steps_per_epoch)
+            group["lr"] = lr
 
         image, digit, addend, total = batch  # (B, 1, 28, 28), (B,), (B, 10), (B,)
         with autocast():
@@ -66,31 +67,33 @@ def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
 
         correct_digits = (digit_log_probs.argmax(dim=1) == digit).sum()
         correct_sums = (sum_log_probs.argmax(dim=1) == total).sum()
-        row = torch.stack([digit_loss, sum_loss, correct_digits, correct_sums]).detach()
+        images = torch.full_like(digit_loss, len(digit))
+        row = torch.stack([digit_loss, sum_loss, correct_digits, correct_sums, images]).detach()
         rows.append(row)
-        batch_sizes.append(batch_size)
         progress.update()
         if (step + 1) % PROGRESS_STEPS == 0 and not progress.disable:
             losses = world_size * row[:2]
             progress.set_postfix(digit=f"{losses[0]:.3f}", sum=f"{losses[1]:.3f}")
     distributed.broadcast_buffers(model)
-    results = distributed.all_reduce_sum(torch.stack(rows)).cpu().double()  # (S, 4)
-    return torch.cat([results, torch.tensor(batch_sizes)[:, None]], dim=1)
+    return distributed.all_reduce_sum(torch.stack(rows)).cpu().double()
 
 
 def smooth_labels(loss, log_probs, batch_size, smoothing):
-    """Add label smoothing, which `nll_loss` lacks, as `cross_entropy` defines it."""
+    """Add label smoothing to an NLL `loss`, as in `cross_entropy`; `log_probs` are (B, classes)."""
     uniform = -log_probs.sum() / (batch_size * log_probs.shape[1])
     return (1 - smoothing) * loss + smoothing * uniform
 
 
 @torch.no_grad()
 def evaluate(model, dataset, autocast, stop=NEVER):
-    """Predict each image with all ten addends, on every process; each image is encoded once."""
+    """Predict each image with all ten addends; returns `metrics.Predictions`, equal on all ranks.
+
+    The processes share the images, and each image is encoded once.
+    """
     model.eval()
     count, device = len(dataset), dataset.device
     addends = torch.eye(NUM_DIGITS, device=device)
-    log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS + NUM_SUMS, device=device)
+    log_probs = torch.zeros(count, NUM_DIGITS, NUM_DIGITS + NUM_SUMS, device=device)  # (N, 10, 29)
     share = torch.arange(distributed.rank(), count, distributed.world_size(), device=device)
     for indices in share.split(EVAL_BATCH):
         stop.check()
@@ -125,13 +128,13 @@ def main(argv):
     source = load_data(args.dataset, args.data_dir)
     distributed.require_equal(source.name, "only some of the processes have MNIST")
     args.dataset = source.name
-    train_set, held_out = make_datasets(source, recipe, args, device)
+    train_set, eval_sets = make_datasets(source, recipe, args, device)
 
     torch.manual_seed(args.seed)
     model = move_model(build_model(recipe.encoder, recipe.head), device)
     optimizer = make_optimizer(model, recipe)
     check_batch_size(recipe, len(train_set), model)
-    steps = train_set.num_batches(recipe.batch_size, recipe.drop_last)
+    steps = train_set.num_batches(recipe.batch_size, recipe.drop_last)  # per epoch
 
     flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
     settings = {"flags": flags, "recipe": recipe.as_plain()}
@@ -139,9 +142,9 @@ def main(argv):
     if args.eval_only:
         rundir.restore(checkpoint, model)
         distributed.finish_setup(device)
-        for split, dataset in held_out.items():
-            test_metrics = evaluate(model, dataset, autocast).metrics()
-            log(metrics.result_line(split, test_metrics, checkpoint["info"]["note"]))
+        for split, dataset in eval_sets.items():
+            split_metrics = evaluate(model, dataset, autocast).metrics()
+            log(metrics.result_line(split, split_metrics, checkpoint["info"]["note"]))
         return 0
 
     directory = path.parent if checkpoint else None
@@ -152,7 +155,7 @@ def main(argv):
     with run_dir.open(new=not checkpoint), stop_on_signals() as stop:
         history, curve, calls = [], [], []  # a row per epoch, the training loss, the invocations
         if checkpoint:
-            checkpoint = rundir.load_checkpoint(path)  # again: it could change until it was locked
+            checkpoint = rundir.load_checkpoint(path)  # again: it could change before the lock
             rundir.restore(checkpoint, model, optimizer)
             history, curve, calls = (checkpoint[name] for name in ("history", "curve", "calls"))
             start_time -= checkpoint["seconds"]
@@ -161,7 +164,7 @@ def main(argv):
             argv, args, recipe, device, source.note, count_parameters(model), history, calls
         )
         if not args.quiet:
-            rundir.log_header(info, reason, recipe, {"train": train_set, **held_out}, run_dir)
+            rundir.log_header(info, reason, recipe, {"train": train_set, **eval_sets}, run_dir)
         distributed.finish_setup(device)
         parallel_model = distributed.replicate(model)
 
@@ -169,29 +172,37 @@ def main(argv):
         with stop.interruptible():
             for epoch in range(len(history) + 1, recipe.epochs + 1):
                 train_set.set_epoch(epoch, augment=epoch <= recipe.epochs - recipe.clean_epochs)
-                clock = time.perf_counter()
+                start = time.perf_counter()
                 with progress_bar(steps, f"epoch {epoch}/{recipe.epochs}", args.quiet) as progress:
                     step_results = train_epoch(
                         parallel_model, optimizer, train_set, recipe, autocast, stop, progress
                     )
-                seconds = {"train": time.perf_counter() - clock}
+                seconds = {"train": time.perf_counter() - start}
                 train_metrics, points = metrics.epoch_metrics(step_results, epoch)
-                for split, dataset in held_out.items():  # test last: never of an unsaved epoch
-                    clock = time.perf_counter()
+                # "test" is last: if interrupted, predictions["test"] is that of a saved epoch.
+                for split, dataset in eval_sets.items():
+                    start = time.perf_counter()
                     predictions[split] = evaluate(model, dataset, autocast, stop)
-                    seconds[split] = time.perf_counter() - clock
+                    seconds[split] = time.perf_counter() - start
                 lr = optimizer.param_groups[0]["lr"]
                 row = metrics.epoch_row(epoch, lr, train_metrics, predictions, seconds)
                 history.append(row)
                 curve += points
-                state = {"network": model.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"info": info, "calls": calls, "history": history, "curve": curve}
-                seconds_so_far = time.perf_counter() - start_time
-                run_dir.save_epoch({**settings, **state, "seconds": seconds_so_far})
+                checkpoint = {
+                    **settings,
+                    "info": info,
+                    "calls": calls,
+                    "history": history,
+                    "curve": curve,
+                    "network": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "seconds": time.perf_counter() - start_time,
+                }
+                run_dir.save_epoch(checkpoint)
                 if not args.quiet:
                     log(metrics.epoch_line(row, recipe.epochs))
             if not predictions:  # the run was complete already
-                predictions["test"] = evaluate(model, held_out["test"], autocast, stop)
+                predictions["test"] = evaluate(model, eval_sets["test"], autocast, stop)
 
         interrupted = stop.signum is not None
         if interrupted:
@@ -208,7 +219,7 @@ def main(argv):
         if "test" in predictions and rank == 0:
             from support import plots  # not at the top: importing matplotlib takes half a second
 
-            test_set, title = held_out["test"], metrics.run_title(info, history[-1])
+            test_set, title = eval_sets["test"], metrics.run_title(info, history[-1])
             shown = test_set.images.cpu(), test_set.addends.cpu(), source.disputed
             figures = plots.run_figures(
                 history, curve, predictions["test"], *shown, title, recipe.label_smoothing
@@ -223,7 +234,7 @@ def main(argv):
 
 
 def make_datasets(source, recipe, args, device):
-    """The training set, and a dict of the held-out sets: "val" if there is one, and "test"."""
+    """The training set, and a dict of the sets to evaluate: "val" if there is one, and "test"."""
     count = len(source.train.data)
     if recipe.val_size >= count:
         raise UserError(f"--val-size {recipe.val_size} leaves no training images", status=2)
@@ -233,10 +244,10 @@ def make_datasets(source, recipe, args, device):
         train = train[: DRY_RUN_BATCHES * recipe.batch_size]
         val, test = val[:DRY_RUN_IMAGES], test[:DRY_RUN_IMAGES]
     make = partial(MNISTSum, mean=recipe.mean, std=recipe.std, seed=args.seed, device=device)
-    held_out = {"val": make(source.train, "val", val)} if recipe.val_size else {}
-    held_out["test"] = make(source.test, "test", test)
+    eval_sets = {"val": make(source.train, "val", val)} if recipe.val_size else {}
+    eval_sets["test"] = make(source.test, "test", test)
     options = {"addends": recipe.addends, "affine": recipe.affine}
-    return make(source.train, "train", train, **options), held_out
+    return make(source.train, "train", train, **options), eval_sets
 
 
 def make_optimizer(model, recipe):
@@ -248,10 +259,10 @@ def make_optimizer(model, recipe):
 
 
 def check_batch_size(recipe, num_images, model):
-    """Raise UserError if there is no full batch, or one too small for batch normalization."""
+    """Raise UserError if every batch is dropped, or one is too small for batch normalization."""
     size, world_size = f"--batch-size {recipe.batch_size}", distributed.world_size()
     if recipe.drop_last and num_images < recipe.batch_size:
-        raise UserError(f"{size} leaves no full batch of {num_images} images", status=2)
+        raise UserError(f"{size} exceeds the {num_images} training images", status=2)
     last = 0 if recipe.drop_last else num_images % recipe.batch_size
     smallest = (last or recipe.batch_size) // world_size  # share of a process
     batch_norm = torch.nn.modules.batchnorm._BatchNorm  # cannot normalize a single image

@@ -23,7 +23,7 @@ from support.files import write_atomic
 
 PUBLISHED = ROOT / "published" / "results"
 DEFAULT = ROOT / "results" / "default.json"
-HEADS = ("digit", "sum", "both")
+OUTPUTS = ("digit", "sum", "both")
 
 
 class Accuracies(NamedTuple):
@@ -91,7 +91,7 @@ def run_accuracies(name):
     path = PUBLISHED / name / "results.json"
     results = json.loads(read(path, f"train.py --recipe {name}"))
     check(path, results, expected_settings(name) | {"recipe": name, "note": ""})
-    return Accuracies(*(100 * results["test"][f"{head}_accuracy"] for head in HEADS))
+    return Accuracies(*(100 * results["test"][f"{output}_accuracy"] for output in OUTPUTS))
 
 
 def as_published(name):
@@ -106,7 +106,7 @@ def default_accuracies():
     """Means of the recipe `default` over its seeds."""
     results = json.loads(read(DEFAULT, "benchmarks/seeds.py"))["rows"]["default"]
     check(DEFAULT, results | results["settings"], expected_settings("default"))
-    metrics = [results["metrics"][head] for head in HEADS]
+    metrics = [results["metrics"][output] for output in OUTPUTS]
     accuracies = Accuracies(*(100 * values["mean"] for values in metrics))
     return f"{accuracies} (mean of {metrics[0]['n']})"
 
@@ -137,13 +137,13 @@ def curve_figure(history):
     figure = plots.new_figure("Test error rate: ours and published", subtitle, 5.6)
     axes = figure.add_subplot()
     epochs = range(1, len(history) + 1)
-    for head, text in CURVE.items():
-        ours = [100 - 100 * row[f"test_{head}_accuracy"] for row in history]
+    for output, text in CURVE.items():
+        ours = [100 - 100 * row[f"test_{output}_accuracy"] for row in history]
         theirs = [100 - float(value) for value in text.split()]
-        color = plots.OUTPUT_COLORS[head]
+        color = plots.OUTPUT_COLORS[output]
         for name, errors, style in (("ours", ours, "-o"), ("published", theirs, "--s")):
             fill = color if name == "ours" else "white"
-            label = f"{head}, {name}: {100 - errors[-1]:.2f} %"
+            label = f"{output}, {name}: {100 - errors[-1]:.2f} %"
             axes.plot(epochs, errors, style, color=color, mfc=fill, ms=5, label=label)
     plots.finish_curves(axes, "error rate, % (log scale)", "accuracy after the last epoch")
     return figure

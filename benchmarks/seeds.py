@@ -46,7 +46,7 @@ from support.rundir import LAST, RUNS  # noqa: E402
 
 BENCHMARKS = RUNS / "benchmarks"
 TRAIN_IMAGES = 60_000
-HEADS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
+OUTPUTS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
 
 
 def multiply_adds(recipe):
@@ -123,7 +123,7 @@ def read_accuracies(directory, results, split):
     """Accuracies after the last epoch, as fractions; on the test set also the consistency."""
     with open(directory / "metrics.csv", newline="") as file:
         *_, last = csv.DictReader(file)
-    accuracies = {head: float(last[f"{split}_{head}_accuracy"]) for head in HEADS}
+    accuracies = {output: float(last[f"{split}_{output}_accuracy"]) for output in OUTPUTS}
     return accuracies | ({"consistency": results["test"]["consistency"]} if split == "test" else {})
 
 
@@ -183,7 +183,7 @@ def comparison(rows):
     lines = ["| change | digit | sum | both | both, compared | seconds |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for name, row in rows.items():
-        cells = [f"{100 * row['metrics'][head]['mean']:.3f}" for head in HEADS]
+        cells = [f"{100 * row['metrics'][output]['mean']:.3f}" for output in OUTPUTS]
         pairs = zip(row["each"]["both"], base["each"]["both"], strict=True)
         change = summary([100 * (changed - unchanged) for changed, unchanged in pairs])
         error = change["sd"] / math.sqrt(change["n"])

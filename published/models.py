@@ -13,8 +13,8 @@ from support.constants import NUM_DIGITS, NUM_SUMS
 def stack(layer, *sizes, **options):
     """A list of layers: `layer` and ReLU between consecutive sizes."""
     layers = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [layer(inputs, outputs, **options), nn.ReLU(inplace=True)]
+    for size_in, size_out in pairwise(sizes):
+        layers += [layer(size_in, size_out, **options), nn.ReLU(inplace=True)]
     return layers
 
 

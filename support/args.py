@@ -61,11 +61,11 @@ def train_parser(description, recipes):
     flag("-b", "--batch-size", type=count, metavar="N", help="images per step, 1 to 100000")
     flag("--lr", type=number(float, 1e-9, 100), metavar="X", help="peak learning rate, 1e-9 to 100")
     flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="0 to 10")
-    flag("--addends", choices=["each-epoch", "once"], help="when the random numbers are drawn")
+    flag("--addends", choices=["each-epoch", "once"], help="when the addends are drawn")
     flag("--val-size", type=images, metavar="N", help="held-out training images, 0 to 59999")
 
     group = parser.add_argument_group("run")
-    flag("--seed", type=seed, default=0, metavar="N", help="0 to 4294967295")
+    flag("--seed", type=seed, default=0, metavar="N", help="random seed, 0 to 4294967295")
     text = "auto: MNIST, or synthetic digits if it is unavailable"
     flag("--dataset", choices=["auto", "mnist", "synthetic"], default="auto", help=text)
     flag("--data-dir", default="data", metavar="DIR", help="dataset root, in torchvision's layout")
@@ -76,7 +76,8 @@ def train_parser(description, recipes):
     flag("--deterministic", action="store_true", help="bit-for-bit reproducible GPU runs; slower")
 
     group = parser.add_argument_group("output")
-    flag("--output-dir", metavar="DIR", help="run directory; by default a new one, runs/RECIPE")
+    text = "run directory; by default runs/RECIPE or, if it exists, runs/RECIPE-2 and so on"
+    flag("--output-dir", metavar="DIR", help=text)
     text = "resume from a run directory, by default the latest unfinished run"
     flag("--resume", nargs="?", const="", metavar="PATH", help=text)
     flag("--eval-only", action="store_true", help="with --resume: evaluate, do not train")
@@ -114,7 +115,7 @@ def check_changes(checkpoint, flags, recipe):
         if name in IMMUTABLE:
             raise UserError(f"{change}: it cannot change on resume; start a new run", 2)
         if name == "epochs":
-            change += "; the schedule continues on the new length"
+            change += "; the learning rate now follows the schedule for the new number"
         if name == "data_dir" and current["dataset"] == "synthetic":
             change += "; the run stays on synthetic digits, NOT MNIST"
         warn(f"warning: {change}")

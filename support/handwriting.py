@@ -40,7 +40,7 @@ def read_picture(file, formats=None):
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(io.BytesIO(content), formats=formats)
-            # An MPO file is a photo of a phone: the first image, then a depth map or a gain map.
+            # Phone cameras write MPO: the photo, then a depth map or a gain map.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise UserError("has several pages or frames; give a single image")
             image.load()

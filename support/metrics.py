@@ -62,27 +62,27 @@ class Predictions(NamedTuple):
         return wrong, digit[wrong], probability[wrong]
 
 
-def epoch_metrics(steps, epoch):
+def epoch_metrics(step_results, epoch):
     """Means of an epoch, and points of its loss curve: (epochs trained, digit loss, sum loss).
 
-    steps: float64 (S, 5), from `train_epoch`. Raises UserError if a loss is NaN or infinite.
+    step_results: float64 (S, 5), from `train_epoch`. Raises UserError if a loss is NaN or infinite.
     """
-    broken = (~steps[:, :2].isfinite()).any(dim=1).nonzero()
+    broken = (~step_results[:, :2].isfinite()).any(dim=1).nonzero()
     if len(broken):
-        where = f"at step {int(broken[0]) + 1} of {len(steps)} in epoch {epoch}"
+        where = f"at step {int(broken[0]) + 1} of {len(step_results)} in epoch {epoch}"
         raise UserError(DIVERGED.format(where))
 
     def mean_losses(part):  # over images, not over batches, since the last batch may be smaller
         images = part[:, 4]
         return (images @ part[:, :2] / images.sum()).tolist()
 
-    correct_digits, correct_sums, images = steps[:, 2:].sum(dim=0).tolist()
-    metrics = dict(zip(("digit_loss", "sum_loss"), mean_losses(steps), strict=True))
+    correct_digits, correct_sums, images = step_results[:, 2:].sum(dim=0).tolist()
+    metrics = dict(zip(("digit_loss", "sum_loss"), mean_losses(step_results), strict=True))
     metrics |= {"digit_accuracy": correct_digits / images, "sum_accuracy": correct_sums / images}
     curve, done = [], 0
-    for part in steps.tensor_split(min(CURVE_POINTS, len(steps))):
+    for part in step_results.tensor_split(min(CURVE_POINTS, len(step_results))):
         done += len(part)
-        curve.append((epoch - 1 + done / len(steps), *mean_losses(part)))
+        curve.append((epoch - 1 + done / len(step_results), *mean_losses(part)))
     return metrics, curve
 
 
@@ -93,7 +93,7 @@ def epoch_row(epoch, lr, train_metrics, predictions, seconds):
     for split, values in metrics.items():
         row |= {f"{split}_{k}": v for k, v in values.items() if k != "consistency"}
     if not all(map(math.isfinite, row.values())):
-        raise UserError(DIVERGED.format(f"on held-out images after epoch {epoch}"))
+        raise UserError(DIVERGED.format(f"in the evaluation after epoch {epoch}"))
     return row | {f"{split}_seconds": round(value, 3) for split, value in seconds.items()}
 
 
@@ -112,7 +112,7 @@ def epoch_line(row, epochs):
 
 def run_title(info, row):
     """A line on a run for its plots: recipe, seed, epoch, accuracies, and a warning if any."""
-    digit, total = (100 * row[f"test_{head}_accuracy"] for head in ("digit", "sum"))
+    digit, total = (100 * row[f"test_{output}_accuracy"] for output in ("digit", "sum"))
     text = f"{info['recipe']}, seed {info['seed']}, epoch {row['epoch']} of {info['epochs']}: "
     text += f"{digit:.2f} % digit, {total:.2f} % sum"
     return f"{text} ({info['note']})" if info["note"] else text

@@ -51,8 +51,8 @@ def loss_figure(curve, history, title, label_smoothing):
     figure = new_figure("Loss per epoch", title, 5.6, note if label_smoothing else "")
     axes = figure.add_subplot()
     positions, *losses = zip(*curve, strict=True)
-    for head, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
-        color, label = OUTPUT_COLORS[head], f"{head}, train: {values[-1]:.4f}"
+    for output, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
+        color, label = OUTPUT_COLORS[output], f"{output}, train: {values[-1]:.4f}"
         axes.plot(positions, values, color=color, label=label, **SPLIT_STYLES["train"])
         if label_smoothing:  # the target of the true one of n classes is 1 - s + s / n
             lowest = -math.log(1 - label_smoothing * (1 - 1 / n))
@@ -77,9 +77,10 @@ def prediction_figure(originals, pixels, digits, sums, titles):
         original.set(xticks=[], yticks=[], xlabel="original")
         network_input.imshow(pixels[i], cmap="gray", vmin=0, vmax=255)
         network_input.set(xticks=[], yticks=[], xlabel="input of the network")
-        for axes, head, values in zip(bars, ("digit", "sum"), (digits[i], sums[i]), strict=True):
-            axes.bar(range(len(values)), 100 * values.numpy(), color=OUTPUT_COLORS[head])
-            axes.set(xticks=range(len(values)), ylim=(0, 100), xlabel=head, ylabel="probability, %")
+        for axes, output, values in zip(bars, ("digit", "sum"), (digits[i], sums[i]), strict=True):
+            classes = range(len(values))
+            axes.bar(classes, 100 * values.numpy(), color=OUTPUT_COLORS[output])
+            axes.set(xticks=classes, ylim=(0, 100), xlabel=output, ylabel="probability, %")
             axes.tick_params(axis="x", labelsize=8)
     return figure
 
@@ -108,16 +109,16 @@ def finish_curves(axes, ylabel, legend_title):
 
 
 def _plot_history(axes, history, splits, metric):
-    """A curve for each split and head of which the history has the metric; errors for accuracy."""
+    """A curve for each split and output that has the metric; accuracies as error rates."""
     epochs = [row["epoch"] for row in history]
-    for split, head in itertools.product(splits, OUTPUT_COLORS):
-        key = f"{split}_{head}_{metric}"
+    for split, output in itertools.product(splits, OUTPUT_COLORS):
+        key = f"{split}_{output}_{metric}"
         if key in history[0]:
             y = np.array([row[key] for row in history])
             text = f"{y[-1]:.4f}" if metric == "loss" else f"{100 * y[-1]:.2f} %"
             y = y if metric == "loss" else 100 - 100 * y
-            style = SPLIT_STYLES[split] | ({"lw": 0.8} if head == "both" else {})
-            style |= {"color": OUTPUT_COLORS[head], "label": f"{head}, {split}: {text}"}
+            style = SPLIT_STYLES[split] | ({"lw": 0.8} if output == "both" else {})
+            style |= {"color": OUTPUT_COLORS[output], "label": f"{output}, {split}: {text}"}
             axes.plot(epochs, y, marker=".", **style)
 
 

@@ -189,7 +189,7 @@ def restore(checkpoint, model, optimizer=None):
             for group in optimizer.param_groups:
                 group["weight_decay"] = optimizer.defaults["weight_decay"]  # may have changed
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("the checkpoint is of a different network") from error
+        raise UserError("the checkpoint was saved from a different network") from error
 
 
 def run_info(argv, args, recipe, device, note, parameters, history, calls):

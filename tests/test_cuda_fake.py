@@ -66,9 +66,9 @@ def fake_mnist():
 @EACH_RECIPE
 def test_fake_dataset_is_on_the_gpu(name):
     recipe, flags = RECIPES[name], SimpleNamespace(seed=0, dry_run=False)
-    train_set, held_out = train.make_datasets(fake_mnist(), recipe, flags, GPU)
+    train_set, eval_sets = train.make_datasets(fake_mnist(), recipe, flags, GPU)
     train_set.set_epoch(2)
-    for part in (train_set, *held_out.values()):
+    for part in (train_set, *eval_sets.values()):
         order = part.order()
         tensors = [part.images, part.digits, part.addends, part.matrices, order]
         assert devices([*tensors, part.normalized(order[:3])]) == {GPU}
