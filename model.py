@@ -130,7 +130,7 @@ def tiny():
 
 
 def digit_layer(num_features):
-    """Features to digit logits. Ten features are taken to be the logits already."""
+    """Features to digit logits. Ten features are assumed to be the logits already."""
     return nn.Identity() if num_features == NUM_DIGITS else nn.Linear(num_features, NUM_DIGITS)
 
 

@@ -115,7 +115,7 @@ def check_changes(checkpoint, flags, recipe):
         if name in IMMUTABLE:
             raise UserError(f"{change}: it cannot change on resume; start a new run", 2)
         if name == "epochs":
-            change += "; the learning rate now follows the schedule for the new number"
+            change += "; the learning rate follows the new schedule"
         if name == "data_dir" and current["dataset"] == "synthetic":
             change += "; the run stays on synthetic digits, NOT MNIST"
         warn(f"warning: {change}")
