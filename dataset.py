@@ -48,10 +48,11 @@ class MNISTSum(Dataset):
         addend  float32 (10,)  [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
         total   int64   12
 
-    The images stay on `device` as uint8, and a batch is sliced from them there. `set_epoch` draws
-    the addends ("each-epoch" anew, or "once" for the whole run) and the augmentation of an epoch
-    within the limits `affine`. `mnist` is torchvision's MNIST, or any object with the same `data`,
-    uint8 (N, 28, 28), and `targets`, int64 (N,); `indices`, int64 (n,), are the images to use.
+    The images stay on `device` as uint8, and batches are sliced from them there. `set_epoch` draws
+    the addends of an epoch, new ones if `addends` is "each-epoch", the same ones if it is "once",
+    and its augmentation, within the limits `affine`. `mnist` is torchvision's MNIST, or any object
+    with the same `data`, uint8 (N, 28, 28), and `targets`, int64 (N,); `indices`, int64 (n,), are
+    the images to use.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class MNISTSum(Dataset):
         self.set_epoch(1)
 
     def set_epoch(self, epoch, augment=True):
-        """Draw the addends and the augmentation, if wanted, of an epoch; epochs count from 1.
+        """Draw the addends of an epoch, counted from 1, and its augmentation if `augment`.
 
         Has no effect on the workers of a DataLoader with `persistent_workers=True`.
         """
         self.epoch = epoch
-        # Drawn for all images, not only for `indices`: so --val-size does not change the draws.
+        # Drawn for all images, not only for `indices`, so that --val-size does not change them.
         rng = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
         addends = torch.randint(NUM_DIGITS, (self.population,), generator=rng)
         self.addends = addends[self.indices].to(self.device)  # (n,)

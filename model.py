@@ -64,7 +64,7 @@ def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=None, po
 
 
 def compact():
-    """Four convolutions; the first has stride 2, because full resolution is where the time goes."""
+    """Four convolutions; the first has stride 2, since full resolution would take the most time."""
     return nn.Sequential(
         conv_norm_relu(1, 32, kernel=5, stride=2),  # (B, 32, 14, 14)
         conv_norm_relu(32, 64, kernel=3, pool=2),  # (B, 64, 7, 7)
@@ -76,7 +76,7 @@ def compact():
 
 
 def small():
-    """Two convolutions and a fully connected layer, on the image without two pixels per side."""
+    """Two convolutions and a fully connected layer, on the central 24x24 pixels."""
     return nn.Sequential(
         nn.ZeroPad2d(-2),  # crops to (B, 1, 24, 24): the border is nearly always empty
         conv_norm_relu(1, 16, kernel=5, padding=0, pool=2),  # (B, 16, 10, 10)
@@ -89,7 +89,7 @@ def small():
 
 
 def separable(in_channels, out_channels, pool=1):
-    """A depthwise and a pointwise convolution: a seventh of the parameters of a full 3x3 one."""
+    """A depthwise and a pointwise convolution: about a seventh of a full 3x3 one's parameters."""
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
         *conv_norm_relu(in_channels, out_channels, kernel=1, pool=pool),
@@ -117,7 +117,7 @@ class SharedPointwise(nn.Module):
 
 
 def tiny():
-    """Depth with few parameters, after MobileNet (arXiv 1704.04861) and ResNet (1512.03385)."""
+    """Many layers, few parameters: after MobileNet (arXiv 1704.04861) and ResNet (1512.03385)."""
     return nn.Sequential(
         nn.ZeroPad2d(-1),  # crops to (B, 1, 26, 26)
         conv_norm_relu(1, 16, kernel=5, pool=2),  # (B, 16, 13, 13)
@@ -137,8 +137,8 @@ def digit_layer(num_features):
 class OuterProduct(nn.Module):
     """The outer product of digit probabilities and one-hot addend, 10 x 10, then FC 19.
 
-    P(sum = s) = P(digit = s - addend) is linear in these 100 products, so one linear layer can make
-    it, times a factor, the logit of s. Then the predicted sum is always the predicted digit plus
+    P(sum = s) = P(digit = s - addend) is linear in these 100 products, so a linear layer can output
+    a multiple of it as the logit of s. Then the predicted sum is always the predicted digit plus
     the addend. A linear layer on the 10 + 10 inputs, without products, learns the sum slowly.
     """
 
@@ -150,8 +150,8 @@ class OuterProduct(nn.Module):
     def forward(self, features, addend):
         digit_logits = self.digit(features)  # (B, 10)
         products = F.softmax(digit_logits, dim=1).unsqueeze(2) * addend.unsqueeze(1)  # (B, 10, 10)
-        # About one of the 100 products is large, so each weight gets its gradient from few images:
-        # the factor 10 makes them learn faster.
+        # Usually only one of the 100 products is large, so each weight gets gradients from few
+        # images: the factor 10 speeds up learning.
         return digit_logits, 10 * self.sum(products.flatten(1))
 
 

@@ -88,7 +88,7 @@ def smooth_labels(loss, log_probs, batch_size, smoothing):
 def evaluate(model, dataset, autocast, stop=NEVER):
     """Predict each image with all ten addends; returns `metrics.Predictions`, equal on all ranks.
 
-    The processes share the images, and each image is encoded once.
+    The images are divided among the processes, and each image is encoded once.
     """
     model.eval()
     count, device = len(dataset), dataset.device
@@ -155,7 +155,7 @@ def main(argv):
     with run_dir.open(new=not checkpoint), stop_on_signals() as stop:
         history, curve, calls = [], [], []  # a row per epoch, the training loss, the invocations
         if checkpoint:
-            checkpoint = rundir.load_checkpoint(path)  # again: it could change before the lock
+            checkpoint = rundir.load_checkpoint(path)  # again: it may have changed before the lock
             rundir.restore(checkpoint, model, optimizer)
             history, curve, calls = (checkpoint[name] for name in ("history", "curve", "calls"))
             start_time -= checkpoint["seconds"]

@@ -55,9 +55,9 @@ STYLE_LINES = """
 
 
 def drawing(rng):
-    """Draw a digit as strokes: a digit, its ink as coverage from 0 to 1, float (S, S).
+    """Draw a random digit as strokes; returns it and its ink coverage, 0 to 1, float (S, S).
 
-    The pen is 6 to 28 pixels wide, the canvas 280 to 500 pixels; half of them have smooth edges.
+    The pen is 6 to 28 pixels wide, the canvas 280 to 500; half of the drawings have smooth edges.
     """
     digit, strokes = STYLES[rng.integers(len(STYLES))]
     size, height = int(rng.integers(280, 501)), rng.uniform(0.35, 0.8)

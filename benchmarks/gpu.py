@@ -3,7 +3,7 @@
 python benchmarks/gpu.py
 python benchmarks/gpu.py --output results/gpu.json -- --data-dir data
 
-Trains each recipe once, completely, and three times for two epochs: as it is, and twice with
+Trains each recipe in full once, and three times for two epochs: once unchanged and twice with
 --deterministic. Steps are timed and profiled after a warm-up. Flags of train.py go after --.
 """
 

@@ -49,7 +49,7 @@ def make_pictures(kind, test, count, rng):
 
 
 def evaluate(predictor, test, kind, count, rng):
-    """How many of `count` pictures of a kind are recognized in which form, as a dict."""
+    """How many of `count` pictures of a kind are recognized in each form, as a dict."""
     pictures, digits, images = make_pictures(kind, test, count, rng)
 
     def predict_all(images):  # for each: is the digit correct, is there a warning

@@ -48,7 +48,7 @@ SYSTEMS = {
     "concat-linear": Accuracies(mean=88.19),
     "added": Accuracies(digit=98.13),  # its sum was not trained
 }
-# For each system the recipe in which what held it back is fixed.
+# For each system, the recipe that fixes what held it back.
 FIXED = {
     "shared-trunk": "shared-trunk-fixed",
     "shared-trunk-slow": "shared-trunk-fixed",
@@ -95,7 +95,7 @@ def run_accuracies(name):
 
 
 def as_published(name):
-    """Ours for a published system, in the form of the published accuracies."""
+    """Our accuracies for a published system, those that it also published."""
     digit, total, both, _ = run_accuracies(name)
     if SYSTEMS[name].mean:
         return Accuracies(digit, total, both, mean=(digit + total) / 2)

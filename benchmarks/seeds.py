@@ -80,12 +80,12 @@ def vary(recipe, changes):
         try:
             columns[column] = parse_value(recipe, column, text)
         except (KeyError, TypeError) as error:
-            raise UserError(f"--vary {change}: not a value of {column}", status=2) from error
+            raise UserError(f"--vary {change}: invalid value for {column}", status=2) from error
     return replace(recipe, **columns)
 
 
 def parse_value(recipe, column, text):
-    """The new value of a recipe's column. Raises KeyError or TypeError if it is none."""
+    """The new value of a recipe's column. Raises KeyError or TypeError if it is invalid."""
     if column in ("encoder", "head", "schedule"):
         functions = {getattr(recipe, column) for recipe in RECIPES.values()}
         return {function.__name__: function for function in functions}[text]
@@ -194,7 +194,7 @@ def comparison(rows):
 
 
 def provenance(script, argv):
-    """What made a result: the command, the commit of the code and the processor, as a dict."""
+    """How a result was made: the command, the commit of the code and the processor, as a dict."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
@@ -221,7 +221,7 @@ def parse_args(argv):
     flag = parser.add_argument
     text = "row of the table in recipes.py (default: %(default)s)"
     flag("--recipe", choices=RECIPES, default="default", metavar="NAME", help=text)
-    text = "number of seeds, from 0 (default: %(default)s)"
+    text = "number of seeds: 0 to N - 1 (default: %(default)s)"
     flag("--seeds", type=number(int, 1, 10_000), default=5, metavar="N", help=text)
     text = "a variation of the recipe; repeatable"
     flag("--vary", nargs="+", action="append", default=[], metavar="COLUMN=VALUE", help=text)

@@ -168,7 +168,7 @@ def uneven_light(xs, ys, rng):
 
 
 def shadow(xs, ys, rng):
-    """The shadow of a hand or phone: a slightly curved edge, blurred over 2 to 15 % of the side."""
+    """The shadow of a hand or phone: a slightly curved edge, blurred over 2 to 15% of the side."""
     angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3)
     along = xs * np.cos(angle) + ys * np.sin(angle)
     across = xs * np.sin(angle) - ys * np.cos(angle)

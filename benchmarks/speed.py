@@ -152,7 +152,7 @@ def accuracy(args):
 
 
 def limit(args):
-    """FLOP/s of training, relative to that of matrix products."""
+    """FLOP/s of training, relative to those of matrix products."""
     device, _ = pick_device(train_args(args).device)
     run = train(args.recipe, [*EPOCHS, *args.flags])
     images = (TRAIN_IMAGES - run.recipe["val_size"]) / statistics.median(run.epoch_seconds)
@@ -244,11 +244,11 @@ def parse_args(argv):
         text = "row of the table in recipes.py (default: %(default)s)"
         flag("--recipe", choices=RECIPES, default="fast", metavar="NAME", help=text)
         if measure in (accuracy, processes):
-            text = "number of seeds, from 0 (default: %(default)s)"
+            text = "number of seeds: 0 to N - 1 (default: %(default)s)"
             flag("--seeds", type=number(int, 1, 10_000), default=5, metavar="N", help=text)
         if measure is accuracy:
             flag("--peer", metavar="DIR", help="a checkout of pytorch/examples")
-        text = "results file, of which this command replaces its section (default: %(default)s)"
+        text = "results file, in which this command replaces its section (default: %(default)s)"
         flag("--output", type=Path, default=BENCHMARKS / "speed.json", metavar="FILE", help=text)
         flag("flags", nargs="*", help="flags of train.py, after --")
     return parser.parse_args(argv)

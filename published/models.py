@@ -32,7 +32,7 @@ def seven_conv():
 
 
 def six_conv():
-    """Encoder of concat-linear: six 3x3 convolutions, two layers; the last returns the logits."""
+    """Encoder of concat-linear: six 3x3 convolutions, two linear layers down to digit logits."""
     return nn.Sequential(
         *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 64, 14, 14)
@@ -57,7 +57,7 @@ def two_conv():
 
 
 def two_conv_fc():
-    """Encoder of added: that of shared-trunk and two layers down to 60 features."""
+    """Encoder of added: that of shared-trunk and two linear layers down to 60 features."""
     return nn.Sequential(*two_conv(), *stack(nn.Linear, 192, 120, 60))
 
 
@@ -84,7 +84,7 @@ class ConcatLinear(ConcatMLP):
 
 
 class SharedTrunk(nn.Module):
-    """Features and embedded addend -> FC 120, 60, 45 -> both outputs: the digit sees the addend."""
+    """Features and embedded addend -> FC 120, 60, 45 -> both outputs; both depend on the addend."""
 
     def __init__(self, num_features):
         super().__init__()
@@ -112,7 +112,7 @@ class TwoSoftmaxes(SharedTrunk):
 
 
 class Added(nn.Module):
-    """The addend, embedded in as many dimensions as the features, added to them -> FC 19."""
+    """The addend, embedded to the dimension of the features and added to them -> FC 19."""
 
     def __init__(self, num_features):
         super().__init__()

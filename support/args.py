@@ -57,10 +57,10 @@ def train_parser(description, recipes):
 
     group = parser.add_argument_group("recipe", "flags override the recipe")
     flag("--recipe", choices=recipes, default="default", metavar="NAME", help="see the table below")
-    flag("--epochs", type=count, metavar="N", help="1 to 100000")
+    flag("--epochs", type=count, metavar="N", help="training epochs, 1 to 100000")
     flag("-b", "--batch-size", type=count, metavar="N", help="images per step, 1 to 100000")
     flag("--lr", type=number(float, 1e-9, 100), metavar="X", help="peak learning rate, 1e-9 to 100")
-    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="0 to 10")
+    flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="weight decay, 0 to 10")
     flag("--addends", choices=["each-epoch", "once"], help="when the addends are drawn")
     flag("--val-size", type=images, metavar="N", help="held-out training images, 0 to 59999")
 
@@ -97,7 +97,7 @@ def parse_train_args(argv, description, recipes, saved=None):
     if args.eval_only and args.resume is None:
         parser.error("--eval-only needs --resume")
     if args.output_dir and args.resume is not None:
-        parser.error("--resume continues in the run's own directory: leave out --output-dir")
+        parser.error("--resume continues in the directory of the run: omit --output-dir")
     return args
 
 
@@ -105,7 +105,7 @@ def check_changes(checkpoint, flags, recipe):
     """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat."""
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     if current["epochs"] < (done := len(checkpoint["history"])):
-        raise UserError(f"--epochs {current['epochs']} is less than the {done} trained already", 2)
+        raise UserError(f"--epochs {current['epochs']} is less than the {done} already trained", 2)
     changed_flags = []
     for name, value in current.items():
         if name == "description" or name in saved and saved[name] == value:

@@ -20,7 +20,7 @@ def pick_device(requested="auto", deterministic=False):
     if requested == "auto":
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        reason = "no GPU found" if name == "cpu" else "found"
+        reason = "no GPU found" if name == "cpu" else "GPU found"
     if name == "cuda" or name.startswith("cuda") and several:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     failure = device_error(name)

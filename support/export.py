@@ -22,14 +22,14 @@ session = onnxruntime.InferenceSession({name!r})
 pixels = np.zeros((1, 28, 28), np.uint8)  # light on dark; any batch size
 inputs = {{"pixels": pixels, "addend": np.array([7], np.int64)}}
 digit_probabilities, sum_probabilities = session.run(None, inputs)  # (1, 10), (1, 19)"""
-FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: the code of the model card
+FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: code for the model card
 
 
 def export(path, predictor, checkpoint, data):
     """Write a network and its model card in the format of the suffix, a key of FORMATS.
 
     Args:
-        predictor: the module that maps uint8 (B, 28, 28) and int64 (B,) to two probabilities.
+        predictor: maps uint8 (B, 28, 28) and int64 (B,) to probabilities of digits and sums.
         data: text on what the network of the checkpoint was trained on.
 
     Returns:
@@ -96,7 +96,7 @@ def model_card(path, predictor, content, checkpoint, data):
 
 
 def onnx_session(content):
-    """The content of an .onnx file in onnxruntime, as a function of the same two tensors."""
+    """A function that runs the content of an .onnx file in onnxruntime, on the same two tensors."""
     import onnxruntime  # optional
 
     options = onnxruntime.SessionOptions()

@@ -72,7 +72,7 @@ def prepare(image):
 
 
 def prepare_sheet(image):
-    """Return the digit in an RGB image of nothing but paper and ink as a Prepared."""
+    """Return the digit in an RGB image that shows only paper and ink, as a Prepared."""
     rgb, factor = reduced(image)
     ink, threshold, noiseless = find_ink(rgb)
     digit, found = select_digit(ink, threshold, noiseless)
@@ -116,7 +116,7 @@ def upright(image):
 
 
 def find_ink(rgb):
-    """Separate ink, float (H, W), from paper. Also returns its threshold and whether noiseless.
+    """Separate ink from paper: ink, float (H, W), its threshold, whether the image is noiseless.
 
     Ink differs from paper along one direction in color space, measured in the paper's standard
     deviations; in a noiseless image, whose border has a single color, in RGB values.

@@ -54,7 +54,7 @@ def loss_figure(curve, history, title, label_smoothing):
     for output, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
         color, label = OUTPUT_COLORS[output], f"{output}, train: {values[-1]:.4f}"
         axes.plot(positions, values, color=color, label=label, **SPLIT_STYLES["train"])
-        if label_smoothing:  # the target of the true one of n classes is 1 - s + s / n
+        if label_smoothing:  # the target of the true class is 1 - s + s / n (n classes)
             lowest = -math.log(1 - label_smoothing * (1 - 1 / n))
             axes.axhline(lowest, color=color, linewidth=1, linestyle=":")
     _plot_history(axes, history, ("val", "test"), "loss")

@@ -84,8 +84,8 @@ class RunDir:
         self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def save_epoch(self, checkpoint):
-        """Save the state after an epoch: the checkpoint, then what is made from it."""
-        # results.json of a shorter run goes first: it must never be next to a longer history.
+        """Save the state after an epoch: the checkpoint, then the files derived from it."""
+        # First remove results.json of a shorter run: it must never be next to a longer history.
         self.remove("results.json")
         self.save_checkpoint(LAST, checkpoint)
         self.save_derived(checkpoint)
@@ -146,7 +146,7 @@ def checkpoint_to_resume(args):
     if args.resume:
         path = find_checkpoint(args.resume)
         if path.name != LAST and not args.eval_only:
-            raise UserError(f"only {LAST} can be resumed; name its directory or use --eval-only", 2)
+            raise UserError(f"only {LAST} can be resumed; give its directory or use --eval-only", 2)
         return path
     for path in latest_runs():
         try:
@@ -157,7 +157,7 @@ def checkpoint_to_resume(args):
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
         if (args.eval_only or left > 0) and not checkpoint["flags"]["dry_run"]:
             return path
-    raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; name a run")
+    raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; give a run")
 
 
 def load_checkpoint(path):
@@ -193,7 +193,7 @@ def restore(checkpoint, model, optimizer=None):
 
 
 def run_info(argv, args, recipe, device, note, parameters, history, calls):
-    """Metadata of a run for its files, and its `calls` with this one, if it has epochs to train."""
+    """Metadata of a run for its files, and its `calls`, with this one if it has epochs to train."""
     call = {
         "command": shlex.join(["python", "train.py", *argv]),
         "first_epoch": len(history) + 1,
@@ -219,11 +219,11 @@ def run_info(argv, args, recipe, device, note, parameters, history, calls):
 
 
 def log_header(info, reason, recipe, datasets, run_dir):
-    """Print what a run consists of."""
+    """Print the device, data, recipe, model, seed and directory of a run."""
     sizes = ", ".join(f"{len(part):,} {split}" for split, part in datasets.items())
     threads = f"{info['threads']} thread{'s' * (info['threads'] > 1)}"
     if info["processes"] > 1:
-        threads = f"{info['processes']} processes of {threads}"
+        threads = f"{info['processes']} processes with {threads} each"
     names = f"{recipe.encoder.__name__}, {recipe.head.__name__}"
     log(f"device   {info['device']} ({reason}), {info['precision']}, {threads}")
     log(f"data     {info['dataset']}: {sizes} images")

@@ -38,7 +38,7 @@ def similar_pixels(gray):
     light = gray > variance.argmax() + 1
     if light.any() and not light.all():
         high, low = np.median(gray[light]), np.median(gray[~light])
-        for tolerance in (0.15, 0.5):  # narrow for a thin frame that was reduced to half its color
+        for tolerance in (0.15, 0.5):  # narrow: leaves out a thin frame, reduced to half its color
             yield gray > high - tolerance * (high - low)
             yield gray < low + tolerance * (high - low)
 

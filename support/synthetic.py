@@ -1,4 +1,4 @@
-"""Synthetic digits in place of MNIST if it is unavailable: printed and randomly warped."""
+"""Synthetic digits in place of MNIST if it is unavailable: from fonts, randomly warped."""
 
 from pathlib import Path
 from types import SimpleNamespace
