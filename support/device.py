@@ -48,7 +48,7 @@ def device_error(name):
     """Run a first operation on a device; returns why it cannot be used, "" if it can."""
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name.startswith("cuda") and 0 < gpus < processes:
-        return f"{processes} processes on this machine, but {gpus} GPUs"
+        return f"{processes} processes on this machine, but {gpus} GPU{'s' * (gpus > 1)}"
     try:
         (torch.zeros(1, device=name) + 1).cpu()  # the addition needs a kernel built for this GPU
     except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
