@@ -22,10 +22,6 @@ class TwoHeadedNet(nn.Module):
         self.encoder = encoder
         self.head = head
 
-    def encode(self, image):
-        """Map images (B, 1, 28, 28) to features (B, F), which do not depend on the addend."""
-        return self.encoder(image)
-
     def classify(self, features, addend):
         """Map features (B, F) and one-hot addends (B, 10) to log-probabilities (B, 10), (B, 19).
 
@@ -36,7 +32,7 @@ class TwoHeadedNet(nn.Module):
             return F.log_softmax(digit_logits, dim=1), F.log_softmax(sum_logits, dim=1)
 
     def forward(self, image, addend):
-        return self.classify(self.encode(image), addend)
+        return self.classify(self.encoder(image), addend)
 
 
 def build_model(encoder, head):

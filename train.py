@@ -98,7 +98,7 @@ def evaluate(model, dataset, autocast, stop=NEVER):
     for indices in share.split(EVAL_BATCH):
         stop.check()
         with autocast():
-            features = model.encode(dataset.normalized(indices))  # (B, F)
+            features = model.encoder(dataset.normalized(indices))  # (B, F)
         features = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
         outputs = model.classify(features, addends.repeat(len(indices), 1))
         log_probs[indices] = torch.cat(outputs, dim=1).unflatten(0, (-1, NUM_DIGITS))

@@ -70,7 +70,7 @@ def test_predictions_depend_neither_on_the_batch_nor_on_when_the_image_was_encod
     network = build(encoder, head).eval()
     image, addend = batch()
     together = network(image, addend)
-    features = network.encode(image)
+    features = network.encoder(image)
     for ours, theirs in zip(network.classify(features, addend), together, strict=True):
         assert torch.equal(ours, theirs)
     single = network(image[3:4], addend[3:4])
@@ -81,7 +81,7 @@ def test_predictions_depend_neither_on_the_batch_nor_on_when_the_image_was_encod
 @EACH
 def test_the_sum_depends_on_the_addend(encoder, head):
     network = build(encoder, head).eval()
-    features = network.encode(batch(1)[0]).expand(10, -1)
+    features = network.encoder(batch(1)[0]).expand(10, -1)
     _, total = network.classify(features, torch.eye(10))
     assert (total[1:] - total[:1]).abs().amax(dim=1).min() > 1e-4
 
