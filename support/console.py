@@ -31,9 +31,8 @@ def warn(text, all_ranks=False):
 
 def progress_bar(total, title, quiet):
     """A progress bar on stderr; hidden if that is not a terminal, if `quiet`, or if rank > 0."""
-    hidden = quiet or distributed.rank() > 0 or not sys.stderr.isatty()
-    # Without an explicit `disable`, tqdm obeys TQDM_DISABLE.
-    return tqdm(total=total, desc=title, leave=False, **({"disable": True} if hidden else {}))
+    hidden = quiet or distributed.rank() > 0 or None  # None: if stderr is not a terminal
+    return tqdm(total=total, desc=title, leave=False, disable=hidden)
 
 
 def exit_status(main):
