@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from support.errors import UserError
-from support.metrics import CURVE_POINTS, Predictions, epoch_metrics
+from support.metrics import CURVE_POINTS, Predictions, epoch_metrics, epoch_row
 
 
 @pytest.fixture
@@ -86,8 +86,9 @@ def test_the_curve_has_its_points_for_any_number_of_steps(steps):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("head", [0, 1])
-def test_a_broken_loss_is_an_error_that_names_its_first_step(value, head):
+def test_a_broken_loss_is_an_error_that_names_its_epoch(value, head):
     steps = torch.ones(10, 5).double()
     steps[6:8, head] = value
-    with pytest.raises(UserError, match="step 7 of 10 in epoch 4.*--lr"):
-        epoch_metrics(steps, epoch=4)
+    train_metrics, _ = epoch_metrics(steps, epoch=4)
+    with pytest.raises(UserError, match="epoch 4.*NaN.*--lr"):
+        epoch_row(4, 0.01, train_metrics, {}, {})
