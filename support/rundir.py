@@ -120,9 +120,9 @@ def create_directory(args):
         try:
             path.mkdir(parents=True, exist_ok=bool(args.output_dir))
             return path
-        except OSError as error:
+        except FileExistsError:
             if args.output_dir or not path.is_dir():
-                raise UserError(f"cannot create {path} ({error.strerror})") from error
+                raise
 
 
 def latest_runs():
