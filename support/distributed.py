@@ -25,8 +25,6 @@ def world_size():
 
 def init_process_group():
     """Connect the processes, if there are several, over Gloo, which needs no GPU."""
-    global _setting_up, _gpu_group
-    _setting_up, _gpu_group = True, None
     if world_size() > 1:
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
 
