@@ -223,7 +223,7 @@ def as_mnist(ink):
     if len(square) > DIGIT_SIDE:  # shrinking makes thin strokes gray: a quarter counts as full
         digit = np.minimum(digit, np.quantile(digit[digit > 0.1 * digit.max()], 0.75))
     center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]
-    padded = np.zeros((SIDE + 2 * DIGIT_SIDE, SIDE + 2 * DIGIT_SIDE), np.uint8)
-    y, x = (DIGIT_SIDE + math.ceil(CENTER - 0.5 - c) for c in center)
-    padded[y : y + DIGIT_SIDE, x : x + DIGIT_SIDE] = np.rint(digit * (255 / digit.max()))
-    return padded[DIGIT_SIDE : DIGIT_SIDE + SIDE, DIGIT_SIDE : DIGIT_SIDE + SIDE]
+    y, x = (math.ceil(CENTER - 0.5 - c) for c in center)
+    image = Image.new("L", (SIDE, SIDE))
+    image.paste(Image.fromarray(np.rint(digit * (255 / digit.max())).astype(np.uint8)), (x, y))
+    return np.array(image)
