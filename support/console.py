@@ -11,22 +11,21 @@ from support import distributed
 from support.errors import UserError
 
 
-def log(text, file=None, all_ranks=False):
-    """Print a line on rank 0, or on every rank that calls.
+def log(text, stream="stdout", all_ranks=False):
+    """Print a line on rank 0, or on every rank that calls, unless the stream is closed.
 
     Characters that are unprintable, or missing in the encoding of the stream, are escaped.
     """
-    stream = file or sys.stdout
-    if stream and (all_ranks or distributed.rank() == 0):
+    file = getattr(sys, stream)
+    if file and (all_ranks or distributed.rank() == 0):
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def warn(text, all_ranks=False):
-    """`log` to stderr, unless it is closed."""
-    if sys.stderr:
-        log(text, sys.stderr, all_ranks)
+    """`log` to stderr."""
+    log(text, "stderr", all_ranks)
 
 
 def progress_bar(total, title, quiet):
