@@ -30,8 +30,9 @@ def warn(text, all_ranks=False):
 
 def progress_bar(total, title, quiet):
     """A progress bar on stderr; hidden if that is not a terminal, if `quiet`, or if rank > 0."""
-    hidden = quiet or distributed.rank() > 0 or None  # None: if stderr is not a terminal
-    return tqdm(total=total, desc=title, leave=False, disable=hidden)
+    hidden = quiet or distributed.rank() > 0 or not sys.stderr
+    disable = hidden or None  # None: if stderr is not a terminal
+    return tqdm(total=total, desc=title, leave=False, disable=disable)
 
 
 def exit_status(main):

@@ -424,6 +424,11 @@ def test_the_progress_bar_disappears_when_it_is_done(workdir):
     assert b"epoch 1/2" in shown and shown.endswith(b"\r") and b"\n" not in shown
 
 
+def test_a_closed_stderr(job, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert job("--dry-run", "--dataset", "synthetic")[0] == 0
+
+
 def test_a_torchvision_that_does_not_fit_is_one_line(job, monkeypatch, tmp_path):
     (tmp_path / "torchvision").mkdir()
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"
