@@ -2,9 +2,7 @@
 
 import importlib.util
 import io
-import timeit
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,20 +34,15 @@ def export(path, predictor, checkpoint, data):
         The paths of both files.
     """
     batch = {0: torch.export.Dim("batch")}  # any size
-    program = torch.export.export(predictor, example(2), dynamic_shapes=(batch, batch))
+    example = torch.zeros(2, SIDE, SIDE).byte(), torch.zeros(2).long()
+    program = torch.export.export(predictor, example, dynamic_shapes=(batch, batch))
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # contains paths of this machine
-    content = as_onnx(program) if path.suffix == ".onnx" else as_pt2(program)
-    card_path = path.with_name(f"{path.name}.md")
-    card = model_card(path, predictor, content, checkpoint, data)
-    write_atomic(path, content)
+    write_atomic(path, as_onnx(program) if path.suffix == ".onnx" else as_pt2(program))
+    card, card_path = model_card(path, checkpoint, data), path.with_name(f"{path.name}.md")
     write_atomic(card_path, card.encode(errors="replace"))  # a file name may not be valid text
     return path, card_path
-
-
-def example(batch_size):
-    return torch.zeros(batch_size, SIDE, SIDE).byte(), torch.zeros(batch_size).long()
 
 
 def as_pt2(program):
@@ -75,31 +68,13 @@ def as_onnx(program):
     return exported.model_proto.SerializeToString()
 
 
-def model_card(path, predictor, content, checkpoint, data):
+def model_card(path, checkpoint, data):
     """The model card of an exported network, in Markdown."""
-    runtime, infer = "PyTorch", predictor
-    if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime"):
-        runtime, infer = "onnxruntime", onnx_session(content)
-    seconds = [
-        min(timeit.repeat(partial(infer, *example(size)), number=1, repeat=10)) for size in (1, 256)
-    ]
     template = Path(__file__).with_name("model_card.md").read_text("utf-8")
     return template.format(
         name=path.name,
         data=data,
-        runtime=runtime,
-        milliseconds=[1000 * value for value in seconds],
         code=FORMATS[path.suffix].format(name=path.name),
         **checkpoint["history"][-1],
-        **checkpoint["info"] | {"threads": torch.get_num_threads()},
+        **checkpoint["info"],
     )
-
-
-def onnx_session(content):
-    """A function that runs the content of an .onnx file in onnxruntime, on the same two tensors."""
-    import onnxruntime  # optional
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options)
-    return lambda x, n: session.run(None, {"pixels": x.numpy(), "addend": n.numpy()})

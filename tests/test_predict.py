@@ -328,7 +328,6 @@ def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trai
     names = run_card("digits.onnx.md")
     assert names["digit_probabilities"].shape == (1, 10)
     assert names["sum_probabilities"].shape == (1, 19)
-    assert "Inference time in onnxruntime" in Path("digits.onnx.md").read_text()
 
 
 def test_nothing_but_the_result_of_an_onnx_export_is_printed(exported_onnx, trained):
@@ -354,11 +353,10 @@ def test_a_directory_that_does_not_exist_is_one_line(command):
 
 
 @pytest.mark.parametrize("suffix", export.FORMATS)
-def test_the_code_of_a_card_is_valid_for_any_file_name(trained, monkeypatch, suffix):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+def test_the_code_of_a_card_is_valid_for_any_file_name(trained, suffix):
     _, checkpoint = load_model(trained)
     path = Path(f'o\'ne "two" {{three}}{suffix}')
-    card = export.model_card(path, load_predictor(trained), b"", checkpoint, "MNIST")
+    card = export.model_card(path, checkpoint, "MNIST")
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     (name,) = (node.value for node in ast.walk(ast.parse(code)) if is_name(node, suffix))
     assert name == path.name
