@@ -41,7 +41,8 @@ def main(argv):
     parser.add_argument("--port", type=number(int, 1, 65535), default=0, help="default: a free one")
     parser.add_argument("--no-browser", action="store_true", help="only print the URL")
     args = parser.parse_args(argv)
-    run = args.run or [*latest_runs(), ROOT / "results" / "tiny.pt"][0]
+    runs = (path for path, _ in latest_runs())
+    run = args.run or next(runs, ROOT / "results" / "tiny.pt")
     with Server(run, args.port) as server:
         url = f"http://{server.hosts[0]}/"
         log(f"{run}: {url} (Ctrl-C to stop)")

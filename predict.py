@@ -31,7 +31,8 @@ def parse_args(argv):
     parser = Parser(prog="predict.py", description=__doc__)
     flag = parser.add_argument
     flag("run", help="run directory or checkpoint")
-    flag("image", nargs="*", help="image of a digit, in any format that Pillow reads; - for stdin")
+    text = "image of a digit, in any format that Pillow reads; - for stdin"
+    flag("image", nargs="*", default=[], help=text)
     text = "addend, 0 to 9 (default: 0)"
     flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
     flag("--json", action="store_true", help="print a JSON list with one object per image")
@@ -87,7 +88,7 @@ def main(argv):
         if args.save_picture:
             from support import plots  # matplotlib is slow to import
 
-            pixels, titles = [one.pixels for one in prepared], [as_line(one) for one in records]
+            pixels, titles = [one.pixels for one in prepared], [as_title(one) for one in records]
             figure = plots.prediction_figure(originals, pixels, digits, sums, titles)
             write_atomic(args.save_picture, plots.as_png(figure))
     for record in records:
@@ -155,6 +156,12 @@ def as_line(record):
     percent, sum_percent = (100 * record[f"{name}_probability"] for name in ("digit", "sum"))
     text = "digit {digit} ({percent:.1f} %)  {digit} + {addend} = {sum} ({sum_percent:.1f} %)"
     return text.format(percent=percent, sum_percent=sum_percent, **record)
+
+
+def as_title(record):
+    """The line of a record, and its warnings on a second one."""
+    warnings = "; ".join(text for text in record["warnings"] if text != NO_INK)
+    return "\n".join(filter(None, [as_line(record), warnings]))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,10 @@ def load_model(path):
     """
     checkpoint = load_checkpoint(path)
     name, saved = checkpoint["flags"].get("recipe"), checkpoint["recipe"]
-    row = RECIPES[name].as_plain() if name in RECIPES else {}
-    if any(saved.get(column) != row.get(column) for column in ("encoder", "head")):
+    if name not in RECIPES:
+        raise UserError(f"{path}: this version has no recipe {name!r}")
+    row = RECIPES[name].as_plain()
+    if any(saved.get(column) != row[column] for column in ("encoder", "head")):
         raise UserError(f"{path}: recipe {name!r} of this version has a different network")
     model = build_model(RECIPES[name].encoder, RECIPES[name].head)
     restore(checkpoint, model)

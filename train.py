@@ -201,13 +201,15 @@ def main(argv):
                 run_dir.save_epoch(checkpoint)
                 if not args.quiet:
                     log(metrics.epoch_line(row, recipe.epochs))
-            if not predictions:  # the run was complete already
+            if not predictions:
+                warn(f"nothing left to train after epoch {len(history)}/{recipe.epochs}")
                 predictions["test"] = evaluate(model, eval_sets["test"], autocast, stop)
 
         interrupted = stop.signum is not None
         if interrupted:
             distributed.abort()
-            warn(f"interrupted after epoch {len(history)}/{recipe.epochs}")
+            unsaved = "" if history else "; nothing was saved"
+            warn(f"interrupted after epoch {len(history)}/{recipe.epochs}{unsaved}")
         else:
             test_metrics = predictions["test"].metrics()
             train_seconds = sum(row["train_seconds"] for row in history)

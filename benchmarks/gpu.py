@@ -15,7 +15,7 @@ from pathlib import Path
 
 import speed  # adds the program's directory to the path
 import torch
-from seeds import BENCHMARKS, multiply_adds, provenance, save_json
+from seeds import BENCHMARKS, multiply_adds, provenance, save_json, train_flag
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
@@ -129,7 +129,7 @@ def parse_args(argv):
     flag("--steps", type=number(int, 1, 10_000), default=200, metavar="N", help=text)
     text = "results file (default: %(default)s)"
     flag("--output", type=Path, default=BENCHMARKS / "gpu.json", metavar="FILE", help=text)
-    flag("flags", nargs="*", help="flags of train.py, after --")
+    flag("flags", nargs="*", type=train_flag, help="flags of train.py, after --")
     return parser.parse_args(argv)
 
 

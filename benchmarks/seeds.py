@@ -20,6 +20,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,11 @@ from support.rundir import LAST, RUNS  # noqa: E402
 
 BENCHMARKS = RUNS / "benchmarks"
 TRAIN_IMAGES = 60_000
+OWN_FLAGS = ("--recipe", "--seed", "--output-dir", "--resume", "--eval-only")  # of train.py
 OUTPUTS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
+COMPARISON = """\
+Accuracies in percent, median seconds of training. Compared: mean difference from the first row over
+runs with the same seed ± standard error of that mean."""
 
 
 def multiply_adds(recipe):
@@ -115,7 +120,8 @@ def train_once(name, seed, directory, flags):
         with redirect_stdout(io.StringIO()):
             status = train.main(["--recipe", name, "--seed", str(seed), "--quiet", *place, *flags])
         if status:
-            raise UserError(f"{name}: training with seed {seed} did not finish", status)
+            message = f"{name}: training with seed {seed} did not finish"
+            raise UserError(f"{message}; the same command continues", status)
     return json.loads((directory / "results.json").read_text())
 
 
@@ -174,11 +180,7 @@ def report(name, row):
 
 
 def comparison(rows):
-    """The table of all rows in Markdown: accuracies in percent, seconds of training (median).
-
-    "Compared" is the mean difference from the first row over runs with the same seed, and its
-    standard error. `rows` is a dict as in the results file.
-    """
+    """The table of all rows, a dict as in the results file, in Markdown. See COMPARISON."""
     base = next(iter(rows.values()))
     lines = ["| change | digit | sum | both | both, compared | seconds |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -215,6 +217,13 @@ def save_json(path, value):
     print(f"saved    {path}")
 
 
+def train_flag(text):
+    """An argparse type: a flag of train.py that the benchmarks do not set themselves."""
+    if text.partition("=")[0] in OWN_FLAGS:
+        raise ArgumentTypeError(f"{text} cannot be given after --")
+    return text
+
+
 def parse_args(argv):
     """The flags, and the rows to run: a dict of Recipes, the first of which is unchanged."""
     parser = Parser(prog="seeds.py", description=__doc__)
@@ -227,7 +236,7 @@ def parse_args(argv):
     flag("--vary", nargs="+", action="append", default=[], metavar="COLUMN=VALUE", help=text)
     text = f"results file (default: {BENCHMARKS}/RECIPE.json, or RECIPE-ablation.json with --vary)"
     flag("--output", type=Path, metavar="FILE", help=text)
-    flag("flags", nargs="*", help="flags of train.py, after --")
+    flag("flags", nargs="*", type=train_flag, help="flags of train.py, after --")
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
     rows = {args.recipe: recipe}
@@ -246,7 +255,7 @@ def main(argv):
             results["rows"][name] = run_seeds(name, recipe_from_args(given), args)
             print(report(name, results["rows"][name]), flush=True)
     if args.vary:
-        print("", comparison(results["rows"]), sep="\n")
+        print("", comparison(results["rows"]), "", COMPARISON, sep="\n")
     name = f"{args.recipe}-ablation.json" if args.vary else f"{args.recipe}.json"
     save_json(args.output or BENCHMARKS / name, results)
     return 0

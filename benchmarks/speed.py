@@ -25,7 +25,16 @@ import torch
 import torch.nn.functional as F
 
 # seeds adds the program's directory to the path.
-from seeds import BENCHMARKS, ROOT, TRAIN_IMAGES, multiply_adds, provenance, save_json, summary
+from seeds import (
+    BENCHMARKS,
+    ROOT,
+    TRAIN_IMAGES,
+    multiply_adds,
+    provenance,
+    save_json,
+    summary,
+    train_flag,
+)
 
 from recipes import RECIPES
 from support.args import Parser, number, train_parser
@@ -250,7 +259,7 @@ def parse_args(argv):
             flag("--peer", metavar="DIR", help="a checkout of pytorch/examples")
         text = "results file, in which this command replaces its section (default: %(default)s)"
         flag("--output", type=Path, default=BENCHMARKS / "speed.json", metavar="FILE", help=text)
-        flag("flags", nargs="*", help="flags of train.py, after --")
+        flag("flags", nargs="*", type=train_flag, help="flags of train.py, after --")
     return parser.parse_args(argv)
 
 

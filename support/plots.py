@@ -36,7 +36,7 @@ def run_figures(history, curve, predictions, images, addends, disputed, title, l
         "accuracy.png": _accuracy_figure(history, title),
         "confusion_matrix.png": _confusion_figure(*predictions.confusion(), title),
         "predictions.png": _samples_figure(predictions, images, addends, title),
-        "mistakes.png": _mistakes_figure(predictions, images, disputed, title),
+        "mistakes.png": _mistakes_figure(predictions, images, disputed, title, label_smoothing),
     }
 
 
@@ -46,8 +46,8 @@ def loss_figure(curve, history, title, label_smoothing):
     curve: (position in epochs, digit loss, sum loss), means over the training samples since the
     previous point; history: the rows of metrics.csv; title: a line about the run.
     """
-    note = f"Plotted without label smoothing. Training uses label smoothing {label_smoothing:g}: "
-    note += "its objective is lowest at the dotted lines, not at 0."
+    note = "Plotted without label smoothing. Training minimizes the loss with label smoothing "
+    note += f"{label_smoothing:g}, which is lowest where the plotted one is at the dotted lines."
     figure = new_figure("Loss per epoch", title, 5.6, note if label_smoothing else "")
     axes = figure.add_subplot()
     positions, *losses = zip(*curve, strict=True)
@@ -141,7 +141,8 @@ def _accuracy_figure(history, title):
 
 def _confusion_figure(digit_counts, sum_counts, title):
     """Confusion matrices of both outputs, one row per true class; only errors are colored."""
-    note = "Digit: by mean probability over the ten addends. Color: share of the row (log scale)."
+    note = "Digit: by mean probability over the ten addends. "
+    note += "Color: errors as a share of the row (log scale)."
     figure = new_figure("Confusion matrices of the test set", title, 7.2, note)
     left, right = figure.subplots(1, 2, width_ratios=(12, 19))
     for axes, counts, text, size in (
@@ -174,7 +175,7 @@ def _samples_figure(predictions, images, addends, title):
     return _image_grid(cells, heading, title, "Above: predicted digit + addend = predicted sum.")
 
 
-def _mistakes_figure(predictions, images, disputed, title):
+def _mistakes_figure(predictions, images, disputed, title, label_smoothing):
     """The test images with a wrong predicted digit, the highest confidence first."""
     cells, errors = [], predictions.most_confident_errors(MAX_MISTAKES)
     for i, digit, confidence in zip(*(values.tolist() for values in errors), strict=True):
@@ -185,6 +186,11 @@ def _mistakes_figure(predictions, images, disputed, title):
     if not cells:
         return new_figure("No test errors: every digit is correct", title, height=1.0)
     note = "Above: predicted digit and label. Confidence: mean probability over the ten addends."
+    if label_smoothing:
+        target = 100 * (1 - label_smoothing * (1 - 1 / NUM_DIGITS))
+        note += (
+            f"\nLabel smoothing {label_smoothing:g} makes {target:.0f} % the target in training."
+        )
     note += " Disputed: see Northcutt et al. 2021, labelerrors.com." if disputed else ""
     return _image_grid(cells, "Test errors with the highest confidence", title, note)
 

@@ -126,8 +126,15 @@ def create_directory(args):
 
 
 def latest_runs():
-    """The last checkpoints of the runs in RUNS, the most recent first."""
-    return sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True)
+    """The path and the last checkpoint of each run in RUNS but dry runs, the most recent first."""
+    for path in sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as error:
+            warn(f"warning: {error}; skipped")
+            continue
+        if not checkpoint["flags"]["dry_run"]:
+            yield path, checkpoint
 
 
 def find_checkpoint(path):
@@ -148,14 +155,9 @@ def checkpoint_to_resume(args):
         if path.name != LAST and not args.eval_only:
             raise UserError(f"only {LAST} can be resumed; give its directory or use --eval-only", 2)
         return path
-    for path in latest_runs():
-        try:
-            checkpoint = load_checkpoint(path)
-        except UserError as error:
-            warn(f"warning: {error}; skipped")
-            continue
+    for path, checkpoint in latest_runs():
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
-        if (args.eval_only or left > 0) and not checkpoint["flags"]["dry_run"]:
+        if args.eval_only or left > 0:
             return path
     raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; give a run")
 

@@ -93,6 +93,15 @@ def test_an_unknown_column_or_value_is_refused(change, capsys):
     assert f"--vary {change}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("benchmark", ["seeds.py", "speed.py limit", "gpu.py"])
+@pytest.mark.parametrize("flag", ["--seed", "--output-dir=x", "--recipe"])
+def test_flags_that_a_benchmark_sets_itself_are_refused(benchmark, flag, capsys):
+    script, *command = benchmark.split()
+    main = {"seeds.py": seeds, "speed.py": speed, "gpu.py": gpu}[script].main
+    assert main([*command, "--", flag, "fast"]) == 2
+    assert f"{flag} cannot be given after --" in capsys.readouterr().err
+
+
 @pytest.fixture
 def measure(tmp_path):
     """measure(command line) -> the section that it writes."""

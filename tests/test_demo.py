@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
@@ -227,11 +228,14 @@ def test_errors_are_one_line(capsys, arguments, status):
 
 
 @pytest.mark.parametrize(
-    "runs, expected", [(["old", "new"], "runs.new.last"), ([], ".*results.tiny")]
+    "runs, expected", [(["old", "new", "dry"], "runs.new.last"), (["dry"], ".*results.tiny")]
 )
 def test_the_default_run_and_ctrl_c(run, tmp_path, runs, expected):
-    for name, age in zip(runs, (100, 0), strict=False):
-        shutil.copytree(run, tmp_path / "runs" / name)
+    for age, name in enumerate(reversed(runs)):
+        checkpoint = torch.load(run / "last.pt", weights_only=True)
+        checkpoint["flags"]["dry_run"] = name == "dry"
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        torch.save(checkpoint, tmp_path / "runs" / name / "last.pt")
         os.utime(tmp_path / "runs" / name / "last.pt", (time.time() - age,) * 2)
     command = [sys.executable, ROOT / "demo.py", "--no-browser"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -91,7 +91,7 @@ def test_code_runs(job):
         assert job("--recipe", name, "--epochs", 1, "--output-dir", "runs/default")[0] == 0
         names = {}
         exec(script, names)
-    assert (names["digit_log_probs"].shape, names["sum_log_probs"].shape) == ((1, 10), (1, 19))
+    assert (names["digit_probs"].shape, names["sum_probs"].shape) == ((2, 10), (2, 19))
 
 
 @pytest.mark.parametrize("name", ["default", "fast", "tiny"])

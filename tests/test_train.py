@@ -321,7 +321,8 @@ def test_bare_resume_continues_the_latest_unfinished_run(job, monkeypatch):
 def test_results_belong_to_the_last_checkpoint_when_an_extension_is_interrupted(job, monkeypatch):
     assert job(*FAST)[0] == 0
     files = {name: Path("runs/fast", name).read_bytes() for name in ("results.json", "args.json")}
-    assert job("--resume", "runs/fast", "--lr", 0.5)[0] == 0  # nothing is left to train
+    status, _, err = job("--resume", "runs/fast", "--lr", 0.5)
+    assert status == 0 and err.endswith("nothing left to train after epoch 1/1\n")
     assert all(Path("runs/fast", name).read_bytes() == old for name, old in files.items())
     with monkeypatch.context() as patch:
         interrupt_in(patch, train.metrics, "epoch_line")
@@ -373,7 +374,7 @@ def test_ctrl_c_keeps_the_last_complete_epoch_and_its_plots(workdir):
 def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(job, monkeypatch):
     interrupt_in(monkeypatch, train, "train_epoch")
     status, out, err = job(*FAST)
-    assert (status, err) == (130, "interrupted after epoch 0/1\n")
+    assert (status, err) == (130, "interrupted after epoch 0/1; nothing was saved\n")
     assert not Path("runs/fast").exists() and "resume" not in out and "saved" not in out
 
 
