@@ -46,6 +46,8 @@ from support.files import write_atomic  # noqa: E402
 from support.rundir import LAST, RUNS  # noqa: E402
 
 BENCHMARKS = RUNS / "benchmarks"
+FILES = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
+CODE = sorted(path for path in FILES if path.parent in (ROOT, ROOT / "support", ROOT / "published"))
 TRAIN_IMAGES = 60_000
 OWN_FLAGS = ("--recipe", "--seed", "--output-dir", "--resume", "--eval-only")  # of train.py
 OUTPUTS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
@@ -104,11 +106,10 @@ def parse_value(recipe, column, text):
 
 
 def work_directory(recipe, flags):
-    """The directory of a row's runs: another one if the code, the recipe or the flags differ."""
+    """The directory of a row's runs: another one if CODE, the recipe or the flags differ."""
     digest = hashlib.sha256(json.dumps([recipe.as_plain(), flags]).encode())
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
-        if path.parent.name not in ("benchmarks", "tests"):
-            digest.update(path.read_bytes())
+    for path in CODE:
+        digest.update(path.read_bytes())
     return BENCHMARKS / "seeds" / digest.hexdigest()[:12]
 
 

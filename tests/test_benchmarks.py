@@ -80,10 +80,14 @@ def test_an_ablation_compares_equal_seeds_and_resumes(workdir, monkeypatch, caps
 
 
 def test_runs_of_other_code_are_kept_apart(workdir, monkeypatch):
-    recipe = RECIPES["fast"]
+    names = {path.relative_to(ROOT).as_posix() for path in seeds.CODE}
+    assert names >= {"train.py", "recipes.py", "support/augment.py", "published/models.py"}
+    assert "benchmarks/seeds.py" not in names
+    recipe, file = RECIPES["fast"], workdir / "train.py"
+    monkeypatch.setattr(seeds, "CODE", [file])
+    file.write_text("old")
     before = seeds.work_directory(recipe, [])
-    (workdir / "train.py").write_text("changed")
-    monkeypatch.setattr(seeds, "ROOT", workdir)
+    file.write_text("new")
     assert seeds.work_directory(recipe, []) != before
 
 
