@@ -104,9 +104,7 @@ def parse_train_args(argv, description, recipes, saved=None):
 def check_changes(checkpoint, flags, recipe):
     """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat."""
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
-    if current["epochs"] < (done := len(checkpoint["history"])):
-        raise UserError(f"--epochs {current['epochs']} is less than the {done} already trained", 2)
-    changed_flags = []
+    changed_flags, done = [], len(checkpoint["history"])
     for name, value in current.items():
         if name == "description" or name in saved and saved[name] == value:
             continue
@@ -114,6 +112,8 @@ def check_changes(checkpoint, flags, recipe):
         change = f"{label} is now {value}, was {saved.get(name)}"
         if name in IMMUTABLE:
             raise UserError(f"{change}: it cannot change on resume; start a new run", 2)
+        if name == "epochs" and value < done:
+            raise UserError(f"--epochs {value} is less than the {done} already trained", 2)
         if name == "epochs":
             change += "; the learning rate follows the new schedule"
         if name == "data_dir" and current["dataset"] == "synthetic":
