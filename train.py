@@ -202,7 +202,8 @@ def main(argv):
                 if not args.quiet:
                     log(metrics.epoch_line(row, recipe.epochs))
             if not predictions:
-                warn(f"nothing left to train after epoch {len(history)}/{recipe.epochs}")
+                if not args.quiet:
+                    log(f"nothing left to train after epoch {len(history)}/{recipe.epochs}")
                 predictions["test"] = evaluate(model, eval_sets["test"], autocast, stop)
 
         interrupted = stop.signum is not None

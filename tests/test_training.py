@@ -137,7 +137,7 @@ def test_a_model_is_not_loaded_if_the_recipe_has_another_network_now(job, monkey
     with pytest.raises(UserError, match="^[^\n]*different network[^\n]*$"):
         load_model("run")
     monkeypatch.delitem(RECIPES, "fast")
-    with pytest.raises(UserError, match="^[^\n]*different network[^\n]*$"):
+    with pytest.raises(UserError, match="^[^\n]*no recipe 'fast'$"):
         load_model("run")
 
 
