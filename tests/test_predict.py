@@ -246,6 +246,17 @@ def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
         assert plot.width == 1500 and plot.height > 500
 
 
+def test_a_plot_shows_the_warnings(command, workdir, monkeypatch):
+    picture = Image.new("L", (100, 60), 255)
+    for left in (20, 70):
+        picture.paste(0, (left, 10, left + 6, 50))
+    picture.save(workdir / "two.png")
+    plot, titles = plots.prediction_figure, []
+    monkeypatch.setattr(plots, "prediction_figure", lambda *a: titles.extend(a[4]) or plot(*a))
+    assert command("two.png", "--save-picture", "plot.png")[0] == 0
+    assert "\nmore than one digit" in titles[0]
+
+
 def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
     ink = Image.new("RGBA", (60, 40))  # transparent: white
     ink.paste("black", (28, 8, 32, 32))
