@@ -191,8 +191,12 @@ def read_verified(data_dir):
         try:
             content = path.read_bytes()
             files[name] = gzip.decompress(content) if path.suffix == ".gz" else content
+        except FileNotFoundError:
+            raise
         except (gzip.BadGzipFile, EOFError, zlib.error):
             files[name] = b""
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror})") from error
         if hashlib.sha256(files[name]).hexdigest() != digest:
             raise UserError(f"{path} is damaged (wrong SHA-256); delete it to download it again")
     return files

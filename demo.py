@@ -37,7 +37,9 @@ POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors '
 def main(argv):
     """Serve the page until Ctrl-C."""
     parser = Parser(prog="demo.py", description=__doc__)
-    parser.add_argument("run", nargs="?", help="run directory or checkpoint (default: the latest)")
+    parser.add_argument(
+        "run", nargs="?", help="run directory or checkpoint (default: the latest, without dry runs)"
+    )
     parser.add_argument("--port", type=number(int, 1, 65535), default=0, help="default: a free one")
     parser.add_argument("--no-browser", action="store_true", help="only print the URL")
     args = parser.parse_args(argv)

@@ -46,6 +46,7 @@ from support.files import write_atomic  # noqa: E402
 from support.rundir import LAST, RUNS  # noqa: E402
 
 BENCHMARKS = RUNS / "benchmarks"
+# The program's modules, as far as they are imported here: what the result of a run depends on.
 FILES = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
 CODE = sorted(path for path in FILES if path.parent in (ROOT, ROOT / "support", ROOT / "published"))
 TRAIN_IMAGES = 60_000

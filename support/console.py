@@ -56,10 +56,10 @@ def exit_status(main):
         except OSError as error:
             if os.environ.get("DEBUG") == "1":
                 raise
-            if error.filename is not None:
-                return fail(error, f"{error.filename}: {error.strerror}")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or stdout could fail again at exit
-            return fail(error, f"{error.strerror or error} (DEBUG=1 shows the traceback)")
+            if error.filename is None:  # probably stdout's: Python would fail again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            path = f"{error.filename}: " if error.filename else ""
+            return fail(error, f"{path}{error.strerror or error} (DEBUG=1 shows the traceback)")
         except KeyboardInterrupt:
             warn("interrupted")
             return 130

@@ -188,9 +188,7 @@ def _mistakes_figure(predictions, images, disputed, title, label_smoothing):
     note = "Above: predicted digit and label. Confidence: mean probability over the ten addends."
     if label_smoothing:
         target = 100 * (1 - label_smoothing * (1 - 1 / NUM_DIGITS))
-        note += (
-            f"\nLabel smoothing {label_smoothing:g} makes {target:.0f} % the target in training."
-        )
+        note += f"\nThe target in training is {target:.0f} % (label smoothing {label_smoothing:g})."
     note += " Disputed: see Northcutt et al. 2021, labelerrors.com." if disputed else ""
     return _image_grid(cells, "Test errors with the highest confidence", title, note)
 

@@ -120,9 +120,9 @@ def create_directory(args):
         try:
             path.mkdir(parents=True, exist_ok=bool(args.output_dir))
             return path
-        except FileExistsError:
+        except OSError as error:
             if args.output_dir or not path.is_dir():
-                raise
+                raise UserError(f"cannot create {path} ({error.strerror})") from error
 
 
 def latest_runs():

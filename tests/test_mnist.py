@@ -1,5 +1,6 @@
 """The files of MNIST: only verified ones are used, and what happens if they are missing."""
 
+import errno
 import gzip
 import re
 import time
@@ -55,7 +56,17 @@ def test_a_damaged_file_is_named_and_not_used(data_dir, kind, name, fault):
         path.with_name(f"{name}.gz").write_bytes(gzip.compress(content)[:-9])
     else:
         path.write_bytes(damaged[fault])
-    with pytest.raises((UserError, IsADirectoryError), match=name):
+    with pytest.raises(UserError, match=name):
+        load_data(kind, data_dir)
+
+
+@pytest.mark.parametrize("kind", ["mnist", "auto"])
+def test_an_error_while_reading_names_the_file(data_dir, monkeypatch, kind):
+    def read_bytes(path):  # as on a network drive: the error has no file name
+        raise ConnectionAbortedError(errno.ECONNABORTED, "Connection aborted")
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError, match="cannot read .*train-images-idx3-ubyte"):
         load_data(kind, data_dir)
 
 
@@ -131,7 +142,7 @@ def test_without_a_network_the_message_says_where_to_place_the_files(
 @pytest.mark.parametrize("kind", ["mnist", "auto"])
 def test_a_data_directory_that_is_a_file_is_an_error(tmp_path, kind):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(UserError, match="cannot read"):
         load_data(kind, tmp_path / "file")
 
 
