@@ -22,7 +22,7 @@ from torch.profiler import profile
 import train
 from dataset import MNISTSum, load_data
 from model import build_model
-from recipes import RECIPES
+from recipes import RECIPES, recipe_from_args
 from support.args import Parser, number, train_parser
 from support.console import exit_status, progress_bar
 from support.device import move_model, pick_device, pick_precision
@@ -30,12 +30,6 @@ from support.rundir import LAST, load_checkpoint
 from support.signals import NEVER
 
 NAMES = ("default", "fast", "tiny", "concat-mlp")
-
-
-def synchronize(device):
-    """Wait until a GPU has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_steps(recipe, images, device, precision, steps):
@@ -56,12 +50,10 @@ def measure_steps(recipe, images, device, precision, steps):
     optimizer = train.make_optimizer(model, recipe)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, precision == "bf16")
 
-    def epoch():
-        synchronize(device)
+    def epoch():  # ends with a copy to the CPU, which waits for the GPU
         clock = time.perf_counter()
         bar = progress_bar(steps, "", quiet=True)
         train.train_epoch(model, optimizer, dataset, recipe, autocast, NEVER, bar)
-        synchronize(device)
         return time.perf_counter() - clock
 
     warmup_seconds, step_seconds = epoch(), epoch() / steps
@@ -69,7 +61,8 @@ def measure_steps(recipe, images, device, precision, steps):
     if device.type == "cuda":
         with profile() as profiler:
             epoch()
-        kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        kernels = [event for event in events if not event.is_user_annotation]  # which span kernels
         busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6 / steps
         idle = 1 - busy / step_seconds  # profiling slows the host down, but not the kernels
     return {"warmup_seconds": warmup_seconds, "step_seconds": step_seconds, "gpu_idle": idle}
@@ -90,7 +83,7 @@ def measure_deterministic(name, flags):
 
 def measure(name, args, device, precision, source, product_flops):
     """All measurements of a recipe, as a dict."""
-    recipe = RECIPES[name]
+    recipe = recipe_from_args(train_parser("", RECIPES).parse_args(["--recipe", name, *args.flags]))
     run = speed.train(name, args.flags)
     steps = measure_steps(recipe, source.train, device, precision, args.steps)
     images_per_second = recipe.batch_size / steps["step_seconds"]
