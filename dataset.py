@@ -207,7 +207,8 @@ def download(mnist, data_dir):
 
     Raises ConnectionError if it fails, and then creates no file.
     """
-    existing = next(path for path in data_dir.absolute().parents if path.is_dir())
+    parents = data_dir.absolute().parents  # none if it is the root
+    existing = next((path for path in parents if path.is_dir()), data_dir)
     # One process downloads while the others wait.
     with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
         if all((raw_dir(data_dir) / name).exists() for name in SHA256):
