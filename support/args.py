@@ -112,8 +112,8 @@ def check_changes(checkpoint, flags, recipe):
         change = f"{label} is now {value}, was {saved.get(name)}"
         if name in IMMUTABLE:
             raise UserError(f"{change}: it cannot change on resume; start a new run", 2)
-        if name == "epochs" and value < done:
-            raise UserError(f"--epochs {value} is less than the {done} already trained", 2)
+        if name == "epochs" and value <= done:
+            raise UserError(f"--epochs {value} is not more than the {done} already trained", 2)
         if name == "epochs":
             change += "; the learning rate follows the new schedule"
         if name == "data_dir" and current["dataset"] == "synthetic":

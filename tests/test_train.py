@@ -166,11 +166,12 @@ def test_32_images_can_be_memorized(job, monkeypatch):
 
 
 def test_best_pt_is_the_best_on_the_validation_split(job):
-    status, out, _ = job(*FAST, "--epochs", 4, "--val-size", 150, "--lr", 0.02)
+    status, out, _ = job(*FAST, "--epochs", 4, "--val-size", 150, "--lr", 0.7)
     assert status == 0 and "450 train, 150 val, 200 test" in out
     accuracies = [float(row["val_both_accuracy"]) for row in rows("runs/fast")]
-    best = torch.load("runs/fast/best.pt", weights_only=True)
-    assert len(best["history"]) == accuracies.index(max(accuracies)) + 1
+    best = accuracies.index(max(accuracies)) + 1
+    checkpoint = torch.load("runs/fast/best.pt", weights_only=True)
+    assert len(checkpoint["history"]) == best < 4
 
 
 def test_a_dry_run_is_short_and_marked(job):
@@ -336,8 +337,8 @@ def test_results_belong_to_the_last_checkpoint_when_nothing_else_was_written(job
     assert job(*FAST)[0] == 0
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(rundir.RunDir, "save_derived", lambda self, checkpoint: sys.exit())
-        train.main([str(flag) for flag in [*FAST, "--epochs", 2, "--output-dir", "run"]])
-    assert job("--resume", "run", "--epochs", 1)[0] == 0
+        train.main([str(flag) for flag in [*FAST, "--output-dir", "run"]])
+    assert job("--resume", "run")[0] == 0
     assert len(rows("run")) == 1 == read_json("run")["epochs"]
 
 
