@@ -68,7 +68,8 @@ def drawing(rng):
     lines = [curve(points + rng.normal(0, 0.02, points.shape)) @ matrix.T for points in strokes]
     low, high = (f(np.concatenate(lines), axis=0) for f in (np.min, np.max))
     margin = pen / 2 + 0.03
-    shift = rng.uniform(np.minimum(margin, 0.5 - high / 2), np.maximum(1 - margin - high + low, 0))
+    largest = np.maximum(1 - margin - high + low, 0)
+    shift = rng.uniform(np.minimum(np.minimum(margin, 0.5 - high / 2), largest), largest)
     scale = 4 * size  # four times the size, for smooth edges
     sheet = Image.new("L", (scale, scale))
     draw, radius = ImageDraw.Draw(sheet), pen / 2 * scale

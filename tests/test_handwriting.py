@@ -185,6 +185,12 @@ def test_a_digit_is_found_on_its_sheet_canvas_or_screen(scene):
     assert sorted(correlations)[1] > 0.8
 
 
+@pytest.mark.parametrize("seed", [12582, 20900])  # large and slanted
+def test_a_drawing_stays_on_its_canvas(seed):
+    _, coverage = drawing(np.random.default_rng(seed))
+    assert coverage.any() and not coverage[[0, -1]].any() and not coverage[:, [0, -1]].any()
+
+
 def test_a_sheet_is_found_on_a_desk():
     pictures, _, images = make_pictures(
         "desk", synthetic_mnist("test", 40), 12, np.random.default_rng(7)
