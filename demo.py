@@ -33,16 +33,20 @@ POLICY = "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; con
 POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-@exit_status
-def main(argv):
-    """Serve the page until Ctrl-C."""
+def parse_args(argv):
     parser = Parser(prog="demo.py", description=__doc__)
     parser.add_argument(
         "run", nargs="?", help="run directory or checkpoint (default: the latest, without dry runs)"
     )
     parser.add_argument("--port", type=number(int, 1, 65535), default=0, help="default: a free one")
     parser.add_argument("--no-browser", action="store_true", help="only print the URL")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@exit_status
+def main(argv):
+    """Serve the page until Ctrl-C."""
+    args = parse_args(argv)
     runs = (path for path, _ in latest_runs())
     run = args.run or next(runs, ROOT / "results" / "tiny.pt")
     with Server(run, args.port) as server:

@@ -160,11 +160,15 @@ def plot_curve():
     return path
 
 
-@exit_status
-def main(argv):
+def parse_args(argv):
     parser = Parser(prog="published_systems.py", description=__doc__)
     parser.add_argument("--curve", action="store_true", help="plot the curve of concat-mlp")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@exit_status
+def main(argv):
+    args = parse_args(argv)
     print(table())
     if args.curve:
         print(f"saved    {plot_curve()}")

@@ -74,8 +74,8 @@ def vary(recipe, changes):
     """A Recipe with some columns changed.
 
     Args:
-        changes: texts such as "lr=0.1", with a value in JSON, or a name such as "optimizer=SGD".
-            Encoders, heads and schedules are functions that the table of recipes uses.
+        changes: texts such as "lr=0.1", with a value in JSON, or a name: "head=ConcatMLP".
+            Encoders, heads, schedules and addends are those in the table of recipes.
 
     Raises:
         UserError: there is no such column or value.
@@ -89,14 +89,19 @@ def vary(recipe, changes):
             columns[column] = parse_value(recipe, column, text)
         except (KeyError, TypeError) as error:
             raise UserError(f"--vary {change}: invalid value for {column}", status=2) from error
-    return replace(recipe, **columns)
+    varied = replace(recipe, **columns)
+    try:  # now, not after hours of training other rows
+        train.make_optimizer(build_model(varied.encoder, varied.head), varied)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--vary {' '.join(changes)}: {error}", status=2) from error
+    return varied
 
 
 def parse_value(recipe, column, text):
     """The new value of a recipe's column. Raises KeyError or TypeError if it is invalid."""
-    if column in ("encoder", "head", "schedule"):
-        functions = {getattr(recipe, column) for recipe in RECIPES.values()}
-        return {function.__name__: function for function in functions}[text]
+    if column in ("encoder", "head", "schedule", "addends"):
+        values = {getattr(recipe, column) for recipe in RECIPES.values()}
+        return {getattr(value, "__name__", value): value for value in values}[text]
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -107,8 +112,9 @@ def parse_value(recipe, column, text):
 
 
 def work_directory(recipe, flags):
-    """The directory of a row's runs: another one if CODE, the recipe or the flags differ."""
-    digest = hashlib.sha256(json.dumps([recipe.as_plain(), flags]).encode())
+    """The directory of a row's runs: another one if what determines a result differs."""
+    machine = torch.__version__, torch.get_num_threads()
+    digest = hashlib.sha256(json.dumps([recipe.as_plain(), flags, machine]).encode())
     for path in CODE:
         digest.update(path.read_bytes())
     return BENCHMARKS / "seeds" / digest.hexdigest()[:12]

@@ -164,6 +164,17 @@ def test_rotation_is_the_same_as_in_torchvision(digits):
         torch.testing.assert_close(warp(images, matrix), theirs, atol=0.5, rtol=0)
 
 
+def test_affine_augmentation_is_rotation_after_shear_after_zoom():
+    matrices = affine_matrices(5, Affine(30, 0.1, 0.2, 20), generator("parts"))
+    angle, shear, *zoom = (torch.rand(6, 5, generator=generator("parts")) * 2 - 1)[:4]
+    for i, matrix in enumerate(matrices):
+        shearing = torch.tensor([[1, math.tan(math.radians(20) * shear[i])], [0, 1]])
+        zooming = torch.diag(1 + 0.2 * torch.stack([part[i] for part in zoom]))
+        cos, sin = (f(math.radians(30) * angle[i]) for f in (torch.cos, torch.sin))
+        rotation = torch.tensor([[cos, -sin], [sin, cos]])
+        torch.testing.assert_close(matrix[:, :2], rotation @ shearing @ zooming)
+
+
 def test_random_affine_stays_within_its_limits():
     matrices = affine_matrices(10_000, Affine(10, 0.1, 0.2, 0), generator("limits"))
     shifts = matrices[:, :, 2] / 2  # as fractions of the side

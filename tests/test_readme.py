@@ -16,11 +16,12 @@ import seeds
 import speed
 from conftest import ROOT
 
+import demo
 import predict
 import recipes
 import train
 from recipes import RECIPES
-from support.args import train_parser
+from support.args import Parser, train_parser
 
 DOCS = {
     name: (ROOT / name).read_text()
@@ -32,13 +33,13 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", "".join(DOCS.values()), re.DOTALL)
 PARSERS = {
     "train.py": train_parser("", RECIPES).parse_args,
     "predict.py": predict.parse_args,
-    "demo.py": lambda argv: None,
+    "demo.py": demo.parse_args,
     "benchmarks/seeds.py": seeds.parse_args,
     "benchmarks/speed.py": speed.parse_args,
     "benchmarks/gpu.py": gpu.parse_args,
     "benchmarks/photographs.py": photographs.parse_args,
-    "benchmarks/published_systems.py": lambda argv: None,
-    "tests/test_faults.py": lambda argv: None,
+    "benchmarks/published_systems.py": published_systems.parse_args,
+    "tests/test_faults.py": Parser().parse_args,  # has no flags
 }
 COMMANDS = sorted(
     {
