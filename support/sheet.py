@@ -3,10 +3,11 @@
 import numpy as np
 
 
-def find_sheet(rgb):
+def find_sheet(rgb, smallest):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
-    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink.
+    A sheet is a region of one brightness, nearly a rectangle, that surrounds ink: at least a stroke
+    whose longer side is the fraction `smallest` of the shorter side of the sheet.
     """
     gray, sheets = rgb.mean(axis=2), []
     if max(gray.shape) < 64:  # nothing but a sheet
@@ -16,7 +17,7 @@ def find_sheet(rgb):
         areas = np.bincount(labels.ravel())
         areas[0] = 0  # label 0 is the rest of the picture
         for label in np.flatnonzero(areas > 0.05 * gray.size):
-            sheet, ink = fill_holes(labels == label, mask)
+            sheet, ink = fill_holes(labels == label, mask, smallest)
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
                 if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else its edge is that of a shadow
@@ -43,7 +44,7 @@ def similar_pixels(gray):
             yield gray < low + tolerance * (high - low)
 
 
-def fill_holes(region, mask):
+def fill_holes(region, mask, smallest):
     """A region with its holes filled, and the ink in them: the largest stroke, or None."""
     labels = connected_components(np.pad(~region, 1, constant_values=True))
     filled = (labels != labels[0, 0])[1:-1, 1:-1]
@@ -54,7 +55,7 @@ def fill_holes(region, mask):
     sides, sheet_sides = (np.ptp(bounding_box(part), axis=0) for part in (ink, filled))
     # The inside of a 0 fills most of its box, and much of the height and the width of the "sheet".
     inside_0 = ink.sum() > 0.7 * sides.prod() and (sides > 0.4 * sheet_sides).all()
-    too_small = sides.max() < 0.15 * sheet_sides.min()
+    too_small = sides.max() < smallest * sheet_sides.min()
     return filled, None if inside_0 or too_small else ink
 
 

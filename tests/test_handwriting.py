@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 
 import numpy as np
 import pytest
@@ -203,6 +204,30 @@ def test_a_sheet_is_found_on_a_desk():
     assert sorted(correlations)[1] > 0.7  # it is turned and distorted
 
 
+def test_a_small_digit_is_found_on_a_sheet_on_a_desk():
+    picture = Image.new("RGB", (1600, 1200), (90, 60, 40))
+    picture.paste((235, 232, 225), (300, 150, 1300, 1100))
+    picture.paste(seven(110, paper=(235, 232, 225), ink=(40, 45, 90)), (700, 500))  # 60 high
+    noise = np.random.default_rng(0).normal(0, 3, (1200, 1600, 1))
+    picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+    assert similar(prepare(picture), prepare(seven()))
+
+
+def test_without_ink_there_is_no_other_warning():
+    strip = Image.new("L", (1756, 5), 255)
+    for line in ((753, 0, 752, 5), (1123, 0, 1124, 5), (1374, 0, 1371, 5)):
+        ImageDraw.Draw(strip).line(line, 0, width=2)
+    assert prepare(strip).warnings == (NO_INK,)
+
+
+def test_thousands_of_specks_take_seconds():
+    dots = np.full((480, 480), 255, np.uint8)
+    dots[2::4, 2::4] = 0
+    start = time.perf_counter()
+    prepare(Image.fromarray(dots))
+    assert time.perf_counter() - start < 10
+
+
 def as_paper(drawn):
     """Dark ink on light paper."""
     return ImageOps.invert(drawn).convert("RGB")
@@ -253,6 +278,9 @@ BAD = {
     "empty": as_file(b""),
     "cut off": as_file(png(seven())[:300]),
     "1x1": as_file(png(Image.new("L", (1, 1)))),
+    "damaged EXIF": lambda directory: seven().save(
+        directory / "file", "PNG", exif=b"Exif\0\0damaged"
+    ),
     "too many pixels": as_file(png(Image.new("1", (20_000, 20_000)))),
     "several pages": lambda directory: seven().save(
         directory / "file", "TIFF", save_all=True, append_images=[seven(ink="red")]
