@@ -35,7 +35,7 @@ def parse_args(argv):
     flag("image", nargs="*", default=[], help=text)
     text = "addend, 0 to 9 (default: 0)"
     flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
-    flag("--json", action="store_true", help="print a JSON list with one object per image")
+    flag("--json", action="store_true", help="print a JSON list with one object per readable image")
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
     text = "export the network, with a model card; .pt2 is for PyTorch, .onnx for other runtimes"
     flag("--export", type=Path, metavar="FILE", help=text)
@@ -77,20 +77,15 @@ def main(argv):
             continue
         files.append(file)
         prepared.append(prepare(image))
-        if args.save_picture:  # only then, because many photographs do not fit into memory
+        if args.save_picture:
             originals.append(upright(image))
+            originals[-1].thumbnail((600, 600))
 
     records = []
     if files:
         digits, sums = predict(predictor, prepared, args.add)
         rows = zip(files, prepared, digits, sums, strict=True)
         records = [make_record(*row, args.add) for row in rows]
-        if args.save_picture:
-            from support import plots  # matplotlib is slow to import
-
-            pixels, titles = [one.pixels for one in prepared], [as_title(one) for one in records]
-            figure = plots.prediction_figure(originals, pixels, digits, sums, titles)
-            write_atomic(args.save_picture, plots.as_png(figure))
     for record in records:
         line = as_line(record)
         for text in record["warnings"]:
@@ -100,6 +95,12 @@ def main(argv):
             log(f"{record['file']}: {line}" if len(args.image) > 1 else line)
     if args.json:
         print(json.dumps(records, indent=2), flush=True)
+    if files and args.save_picture:
+        from support import plots  # matplotlib is slow to import
+
+        pixels, titles = [one.pixels for one in prepared], [as_title(one) for one in records]
+        figure = plots.prediction_figure(originals, pixels, digits, sums, titles)
+        write_atomic(args.save_picture, plots.as_png(figure))
     predicted = sum(record["digit"] is not None for record in records)
     return 0 if predicted == len(args.image) else 1
 

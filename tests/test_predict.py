@@ -184,6 +184,11 @@ def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
     assert record["warnings"] == ["no ink found"] and err == "warning: white.png: no ink found\n"
 
 
+def test_predictions_are_printed_even_if_the_plot_cannot_be_written(command, pictures):
+    status, out, err = command("0.png", "--save-picture", "missing/plot.png")
+    assert status == 1 and out.startswith("digit ") and "cannot write missing/plot.png" in err
+
+
 def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
     content = (workdir / "0.png").read_bytes()
     status, _, err = command("0.png", "1.png", "--save-picture", "./0.png")
