@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import webbrowser
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
@@ -38,7 +37,9 @@ def parse_args(argv):
     parser.add_argument(
         "run", nargs="?", help="run directory or checkpoint (default: the latest, without dry runs)"
     )
-    parser.add_argument("--port", type=number(int, 1, 65535), default=0, help="default: a free one")
+    parser.add_argument(
+        "--port", type=number(int, 1024, 65535), default=0, help="default: a free one"
+    )
     parser.add_argument("--no-browser", action="store_true", help="only print the URL")
     return parser.parse_args(argv)
 
@@ -81,9 +82,12 @@ class Handler(BaseHTTPRequestHandler):
         deadline = threading.Timer(DEADLINE, self.connection.shutdown, [socket.SHUT_RDWR])
         deadline.daemon = True  # the program can end before it
         deadline.start()
-        with suppress(OSError):  # the client is gone or too slow
+        try:
             super().handle()
-        deadline.cancel()
+        except OSError:  # the client is gone or too slow
+            pass
+        finally:
+            deadline.cancel()
 
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":

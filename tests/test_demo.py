@@ -74,9 +74,9 @@ def drawing(digit, side=280):
     return image
 
 
-def encode(image, kind="PNG"):
+def encode(image, kind="PNG", **options):
     content = io.BytesIO()
-    image.save(content, kind)
+    image.save(content, kind, **options)
     return content.getvalue()
 
 
@@ -145,6 +145,7 @@ def test_an_image_without_ink_has_no_digit(server):
         (400, {"body": encode(drawing(3))[:-500]}),
         (400, {"body": encode(Image.new("1", (10_000, 10_000)))}),
         (400, {"body": encode(drawing(3), "GIF")}),
+        (400, {"body": encode(drawing(3), exif=b"Exif\0\0damaged")}),
         (501, {"method": "PUT"}),
     ],
 )
@@ -326,6 +327,22 @@ def test_the_number_changes_only_the_sum(page):
         assert result(page)[0] == digit and page.inner_text("#digit-percent") == percent
         terms.add(page.inner_text("#terms").strip())
     assert terms == {f"{digit} + {addend} =" for addend in range(10)}
+
+
+def test_a_hand_that_rests_beside_the_pen_draws_nothing(page):
+    shown, drawn = draw(page, 7), pixels(page)
+    page.keyboard.press("Delete")
+    result(page)
+    page.evaluate("""() => {
+        const paper = document.getElementById("paper");
+        const hand = { pointerId: 99, isPrimary: true, clientX: 300, clientY: 300 };
+        paper.addEventListener("pointermove", ({ pointerId }) => {
+            if (pointerId === 99) return;
+            for (const type of ["pointermove", "pointerup"])
+                paper.dispatchEvent(new PointerEvent(type, hand));
+        });
+    }""")
+    assert draw(page, 7) == shown and pixels(page) == drawn
 
 
 def test_undo_and_clear(page):
