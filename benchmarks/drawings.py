@@ -86,12 +86,12 @@ def curve(points, steps=12):
     """Points along a Catmull-Rom spline through points (N, 2); a repeated point is a corner."""
     p = np.concatenate([points[:1], points, points[-1:]])
     t = np.linspace(0, 1, steps)[:, None]
-    parts = [points]
+    parts = []
     for a, b, c, d in zip(p, p[1:], p[2:], p[3:], strict=False):
         if np.linalg.norm(c - b) > 0.1:
             square, cube = 2 * a - 5 * b + 4 * c - d, 3 * b - a - 3 * c + d
             parts.append(b + (t * (c - a) + t**2 * square + t**3 * cube) / 2)
-    return np.concatenate(parts[1:])
+    return np.concatenate(parts)
 
 
 def canvas(coverage, rng):

@@ -48,6 +48,8 @@ COMMANDS = sorted(
             *BLOCKS,
             train.__doc__,
             predict.__doc__,
+            demo.__doc__,
+            photographs.__doc__,
             seeds.__doc__,
             speed.__doc__,
             gpu.__doc__,
