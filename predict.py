@@ -79,7 +79,7 @@ def main(argv):
         prepared.append(prepare(image))
         if args.save_picture:
             originals.append(upright(image))
-            originals[-1].thumbnail((600, 600))
+            originals[-1].thumbnail((600, 600))  # many photographs would not fit into memory
 
     records = []
     if files:

@@ -43,7 +43,7 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float  # peak learning rate of the schedule
-    optimizer: str = "AdamW"  # or Adam, SGD: a class in torch.optim that has `fused`
+    optimizer: str = "AdamW"  # a class in torch.optim with the option `fused`: AdamW, Adam or SGD
     optimizer_options: Mapping = field(default_factory=dict)
     weight_decay: float = 0.0
     schedule: Callable[[int, int], float] = one_cycle  # (step, total steps) -> factor of lr

@@ -62,7 +62,8 @@ def measure_steps(recipe, images, device, precision, steps):
         with profile() as profiler:
             epoch()
         events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-        kernels = [event for event in events if not event.is_user_annotation]  # which span kernels
+        # An annotation lasts from the first to the last of several kernels.
+        kernels = [event for event in events if not event.is_user_annotation]
         busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6 / steps
         idle = 1 - busy / step_seconds  # profiling slows the host down, but not the kernels
     return {"warmup_seconds": warmup_seconds, "step_seconds": step_seconds, "gpu_idle": idle}

@@ -7,7 +7,7 @@ python benchmarks/seeds.py --seeds 3 --vary head=ConcatMLP --vary schedule=const
 Flags of train.py go after --. Each --vary adds a row: the recipe with some columns changed, which
 is compared with the unchanged recipe over runs with the same seed. Accuracies are those after the
 last epoch, on the test set or, with --val-size, on the validation images. After an interruption the
-same command continues, unless the code has changed.
+same command continues, unless the code, torch or the number of threads has changed.
 """
 
 import csv
@@ -112,9 +112,9 @@ def parse_value(recipe, column, text):
 
 
 def work_directory(recipe, flags):
-    """The directory of a row's runs: another one if what determines a result differs."""
-    machine = torch.__version__, torch.get_num_threads()
-    digest = hashlib.sha256(json.dumps([recipe.as_plain(), flags, machine]).encode())
+    """The directory of a row's runs, which depends on all that determines their results."""
+    settings = recipe.as_plain(), flags, torch.__version__, torch.get_num_threads()
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for path in CODE:
         digest.update(path.read_bytes())
     return BENCHMARKS / "seeds" / digest.hexdigest()[:12]

@@ -2,7 +2,7 @@
 
 `prepare` finds the sheet, separates ink from paper and normalizes the digit as in MNIST: crop, pad
 to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255, shift the center of
-mass to index 14. MNIST's own digits change by at most one gray level, all but the 16 of 70,000
+mass to index 14. MNIST's own digits change by at most one gray level, except the 16 of 70,000
 whose longer side is 19.
 """
 
@@ -45,7 +45,7 @@ def read_picture(file, formats=None):
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise UserError("has several pages or frames; give a single image")
             image.load()
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)  # here: damaged EXIF data raises too
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -199,7 +199,7 @@ def select_digit(ink, threshold, noiseless):
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper
-    strongest = sorted(np.argsort(mass)[-50:])  # each takes a pass over the picture
+    strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     # A component at the edge is less likely the digit than the table or a neighboring digit.
     main = max(boxes, key=lambda i: mass[i] * (0.2 if touches_edge(boxes[i], ink.shape) else 1))
