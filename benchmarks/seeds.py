@@ -7,7 +7,7 @@ python benchmarks/seeds.py --seeds 3 --vary head=ConcatMLP --vary schedule=const
 Flags of train.py go after --. Each --vary adds a row: the recipe with some columns changed, which
 is compared with the unchanged recipe over runs with the same seed. Accuracies are those after the
 last epoch, on the test set or, with --val-size, on the validation images. After an interruption the
-same command continues, unless the code, torch or the number of threads has changed.
+same command continues, unless the code, the dataset, torch or the machine has changed.
 """
 
 import csv
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from dataset import load_data  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import RECIPES, recipe_from_args  # noqa: E402
 from support import plots  # noqa: E402
@@ -40,7 +41,7 @@ from support.args import Parser, number, train_parser  # noqa: E402
 from support.augment import Affine  # noqa: E402
 from support.console import exit_status  # noqa: E402
 from support.constants import NUM_DIGITS, SIDE  # noqa: E402
-from support.device import cpu_capabilities  # noqa: E402
+from support.device import cpu_capabilities, pick_device, pick_precision  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.files import write_atomic  # noqa: E402
 from support.rundir import LAST, RUNS  # noqa: E402
@@ -111,9 +112,18 @@ def parse_value(recipe, column, text):
     return Affine(*value) if column == "affine" and value is not None else value
 
 
-def work_directory(recipe, flags):
+def conditions(flags):
+    """What the results of training with some flags depend on, besides the code and the recipe."""
+    args = train_parser("", RECIPES).parse_args(flags)
+    dataset = load_data(args.dataset, args.data_dir).name
+    device, _ = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    return flags, dataset, str(device), precision, torch.__version__, machine()
+
+
+def work_directory(recipe, conditions):
     """The directory of a row's runs, which depends on all that determines their results."""
-    settings = recipe.as_plain(), flags, torch.__version__, torch.get_num_threads()
+    settings = recipe.as_plain(), conditions
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in CODE:
         digest.update(path.read_bytes())
@@ -141,33 +151,37 @@ def read_accuracies(directory, results, split):
     return accuracies | ({"consistency": results["test"]["consistency"]} if split == "test" else {})
 
 
+def run_seed(name, recipe, seed, directory, flags):
+    """Train a row with a seed and print its accuracies; returns results.json and these."""
+    results = train_once(name, seed, directory / f"seed-{seed}", flags)
+    split = "val" if recipe.val_size else "test"
+    accuracies = read_accuracies(directory / f"seed-{seed}", results, split)
+    text = "  ".join(f"{key} {100 * value:.3f} %" for key, value in accuracies.items())
+    print(f"{name}  seed {seed}  {text}  {results['train_seconds']:.1f} s", flush=True)
+    return results, accuracies
+
+
 def summary(values):
-    """Number, mean, sample standard deviation and range of some values."""
+    """Number, mean, sample standard deviation (None for a single value) and range of values."""
     return {
         "n": len(values),
         "mean": statistics.mean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
         "min": min(values),
         "max": max(values),
     }
 
 
-def run_seeds(name, recipe, args):
-    """Train a row with each seed; returns its part of the results in JSON types."""
-    seconds, each = [], {}
-    for seed in range(args.seeds):
-        directory = work_directory(recipe, args.flags) / f"seed-{seed}"
-        results = train_once(name, seed, directory, args.flags)
-        accuracies = read_accuracies(directory, results, "val" if recipe.val_size else "test")
-        seconds.append(results["train_seconds"])
-        for key, value in accuracies.items():
-            each.setdefault(key, []).append(value)
-        text = "  ".join(f"{key} {100 * value:.3f} %" for key, value in accuracies.items())
-        print(f"{name}  seed {seed}  {text}  {seconds[-1]:.1f} s", flush=True)
+def summarize(recipe, runs):
+    """A row's part of the results file, in JSON types, from what `run_seed` returned per seed."""
+    results, accuracies = zip(*runs, strict=True)
+    seconds = [one["train_seconds"] for one in results]
+    each = {key: [one[key] for one in accuracies] for key in accuracies[0]}
+    columns = ("dataset", "device", "precision", "threads", "versions")
     return {
-        **{key: results[key] for key in ("dataset", "device", "precision", "threads", "versions")},
+        **{column: results[0][column] for column in columns},
         "settings": recipe.as_plain(),
-        "parameters": results["parameters"],
+        "parameters": results[0]["parameters"],
         "training_flops": training_flops(recipe),
         "each": each,
         "metrics": {key: summary(values) for key, values in each.items()},
@@ -182,7 +196,8 @@ def report(name, row):
     cost += f", {row['median_train_seconds']:.1f} s of training (median)"
     lines = [f"{name}: {row['dataset']}, epochs: {row['settings']['epochs']}, {cost}"]
     for key, values in row["metrics"].items():
-        percent = [f"{what} {100 * values[what]:.3f}" for what in ("mean", "sd", "min", "max")]
+        shown = [what for what in ("mean", "sd", "min", "max") if values[what] is not None]
+        percent = [f"{what} {100 * values[what]:.3f}" for what in shown]
         lines.append(f"  {key:<12} {'  '.join(percent)}")
     return "\n".join(lines)
 
@@ -196,25 +211,32 @@ def comparison(rows):
         cells = [f"{100 * row['metrics'][output]['mean']:.3f}" for output in OUTPUTS]
         pairs = zip(row["each"]["both"], base["each"]["both"], strict=True)
         change = summary([100 * (changed - unchanged) for changed, unchanged in pairs])
-        error = change["sd"] / math.sqrt(change["n"])
-        compared = f"{change['mean']:+.3f} ± {error:.3f}" if row is not base else ""
+        compared = f"{change['mean']:+.3f}" if row is not base else ""
+        if compared and change["n"] > 1:
+            compared += f" ± {change['sd'] / math.sqrt(change['n']):.3f}"
         seconds = f"{row['median_train_seconds']:.1f}"
         lines.append(f"| {' | '.join([f'`{name}`', *cells, compared, seconds])} |")
     return "\n".join(lines)
 
 
+def machine():
+    """The processor and the number of threads, as text."""
+    processor = cpu_capabilities().get("cpu_name", platform.machine())
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
 def provenance(script, argv):
-    """How a result was made: the command, the commit of the code and the processor, as a dict."""
+    """How a result was made: command, commit of the code, machine and torch, as a dict."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # git is not installed
         commit = ""
-    processor = cpu_capabilities().get("cpu_name", platform.machine())
     return {
         "command": shlex.join(["python", f"benchmarks/{script}.py", *argv]),
         "commit": commit or "unknown",
-        "machine": f"{processor}, {torch.get_num_threads()} threads",
+        "machine": machine(),
+        "torch": str(torch.__version__),
     }
 
 
@@ -249,19 +271,30 @@ def parse_args(argv):
     recipe = RECIPES[args.recipe]
     rows = {args.recipe: recipe}
     rows |= {" ".join(changes): vary(recipe, changes) for changes in args.vary}
+    given = train_parser("", RECIPES).parse_args(args.flags)
+    for column in (change.partition("=")[0] for changes in args.vary for change in changes):
+        if getattr(given, column, None) is not None:
+            raise UserError(f"{column} is both in --vary and in a flag after --", status=2)
     return args, rows
 
 
 @exit_status
 def main(argv):
     args, rows = parse_args(argv)
-    results = {**provenance("seeds", argv), "rows": {}}
+    fixed, recipes, runs = conditions(args.flags), {}, {name: [] for name in rows}
     # Plots that nobody looks at would take longer than some runs.
     with patch.dict(RECIPES, rows), patch.object(plots, "run_figures", lambda *args: {}):
         for name in rows:
-            given = train_parser("", RECIPES).parse_args(["--recipe", name, *args.flags])
-            results["rows"][name] = run_seeds(name, recipe_from_args(given), args)
-            print(report(name, results["rows"][name]), flush=True)
+            flags = ["--recipe", name, *args.flags]
+            recipes[name] = recipe_from_args(train_parser("", RECIPES).parse_args(flags))
+        for seed in range(args.seeds):
+            for name, recipe in recipes.items():  # inner loop: a busy machine slows all rows down
+                directory = work_directory(recipe, fixed)
+                runs[name].append(run_seed(name, recipe, seed, directory, args.flags))
+    results = {**provenance("seeds", argv), "rows": {}}
+    for name, recipe in recipes.items():
+        results["rows"][name] = summarize(recipe, runs[name])
+        print(report(name, results["rows"][name]), flush=True)
     if args.vary:
         print("", comparison(results["rows"]), "", COMPARISON, sep="\n")
     name = f"{args.recipe}-ablation.json" if args.vary else f"{args.recipe}.json"
