@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import webbrowser
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
@@ -79,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
     """GET / returns the page; POST /predict?addend=N, with an image as its body, the record."""
 
     def handle(self):
-        deadline = threading.Timer(DEADLINE, self.connection.shutdown, [socket.SHUT_RDWR])
+        deadline = threading.Timer(DEADLINE, self.hang_up)
         deadline.daemon = True  # the program can end before it
         deadline.start()
         try:
@@ -88,6 +89,10 @@ class Handler(BaseHTTPRequestHandler):
             pass
         finally:
             deadline.cancel()
+
+    def hang_up(self):
+        with suppress(OSError):  # the client is gone
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":
@@ -100,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         kind, length = (self.headers.get(f"Content-{name}", "") for name in ("Type", "Length"))
         size = int(length[:9]) if length.isdecimal() else 0
-        body = self.rfile.read(size if size <= MAX_BYTES else 0)  # unread data could cut the reply
+        body = self.rfile.read(size if size <= MAX_BYTES else 0)
         addend = re.fullmatch(r"/predict\?addend=([0-9])", self.path)
         checks = {403: self.headers.get("Host") in self.server.hosts, 404: addend}
         checks |= {415: kind in FORMATS, 411: length.isdecimal(), 413: size <= MAX_BYTES}
@@ -122,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Security-Policy", policy)
         self.end_headers()
-        self.wfile.write(text.encode())
+        self.wfile.write(text.encode(errors="replace"))  # a path may not be valid text
 
     def log_message(self, *args): ...
 

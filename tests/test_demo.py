@@ -357,25 +357,49 @@ def test_undo_and_clear(page):
         assert after == (shown if expected == one else ("–", "–"))
         assert ("no ink found" in page.inner_text("#warnings")) == (expected == blank)
     page.click("#undo")
-    assert pixels(page) == blank and page.is_disabled("#undo") and page.is_disabled("#clear")
+    assert pixels(page) == blank
+    for name in ("undo", "clear"):
+        assert page.get_attribute(f"#{name}", "aria-disabled") == "true"
+    page.focus("#clear")  # the focus stays where it is, for the keyboard
+    draw(page, 1)
+    page.focus("#clear")
+    page.keyboard.press("Enter")
+    assert pixels(page) == blank and page.evaluate("document.activeElement.id") == "clear"
 
 
 def test_a_chosen_image(page, server):
     image = encode(drawing(2, 900))
     page.set_input_files("#file", {"name": "2.png", "mimeType": "image/png", "buffer": image})
-    page.wait_for_selector("#undo:enabled")
+    page.wait_for_selector("#undo[aria-disabled=false]")
     record = predicted(server, image)
     assert result(page) == (str(record["digit"]), str(record["sum"]))
     page.keyboard.press("Delete")
     assert result(page) == ("–", "–")
     large = encode(drawing(2, 4500))
     page.set_input_files("#file", {"name": "2.png", "mimeType": "image/png", "buffer": large})
-    page.wait_for_selector("#clear:enabled")
+    page.wait_for_selector("#clear[aria-disabled=false]")
     assert result(page)[0] == str(record["digit"])
     text = {"name": "text.png", "mimeType": "image/png", "buffer": b"not an image"}
     page.set_input_files("#file", text)
     page.wait_for_selector("#warnings:text('not an image')")
     assert result(page) == ("–", "–")
+
+
+def test_a_number_chosen_while_an_image_loads(page, server):
+    page.evaluate("""() => {
+        const create = createImageBitmap;
+        window.createImageBitmap = async (file) => {
+            await new Promise((done) => setTimeout(done, 1000));
+            return create(file);
+        };
+    }""")
+    draw(page, 1)
+    image = encode(drawing(2, 900))
+    page.set_input_files("#file", {"name": "2.png", "mimeType": "image/png", "buffer": image})
+    page.keyboard.press("3")
+    record = predicted(server, image, 3)
+    page.wait_for_selector(f"#terms:text('{record['digit']} + 3')")
+    assert result(page) == (str(record["digit"]), str(record["sum"]))
 
 
 def test_the_caveat(page, server, monkeypatch):
