@@ -1,6 +1,6 @@
 """MNIST with a random addend for each image: items (image, digit, one-hot addend, sum).
 
-All randomness is a function of (seed, split, epoch, index), drawn on the CPU from separate
+Its randomness is a function of (seed, split, epoch, index), drawn on the CPU from separate
 generators: addends, order and augmentation do not depend on the batch size, the device or the
 number of processes, and a resumed run needs no saved generator state.
 """
@@ -59,8 +59,8 @@ class MNISTSum(Dataset):
         self, mnist, split, indices=None, *, seed=0, addends="each-epoch", affine=None,
         mean=MEAN, std=STD, device="cpu",
     ):  # fmt: skip
-        self.population = len(mnist.data)
-        self.indices = torch.arange(self.population) if indices is None else indices
+        self.num_images = len(mnist.data)
+        self.indices = torch.arange(self.num_images) if indices is None else indices
         self.images = mnist.data[self.indices].to(device)  # (n, 28, 28)
         self.digits = mnist.targets[self.indices].to(device)  # (n,)
         self.split, self.seed, self.redraw_addends = split, seed, addends == "each-epoch"
@@ -75,12 +75,12 @@ class MNISTSum(Dataset):
         self.epoch = epoch
         # Drawn for all images, not only for `indices`, so that --val-size does not change them.
         rng = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
-        addends = torch.randint(NUM_DIGITS, (self.population,), generator=rng)
+        addends = torch.randint(NUM_DIGITS, (self.num_images,), generator=rng)
         self.addends = addends[self.indices].to(self.device)  # (n,)
         self.matrices = None
         if self.affine and augment:
             rng = generator(self.seed, self.split, epoch, "affine")
-            matrices = affine_matrices(self.population, self.affine, rng)
+            matrices = affine_matrices(self.num_images, self.affine, rng)
             self.matrices = matrices[self.indices].to(self.device)  # (n, 2, 3)
 
     def order(self):
@@ -90,9 +90,9 @@ class MNISTSum(Dataset):
 
     def batches(self, batch_size, drop_last=False, rank=0, world_size=1):
         """Yield for each batch its size and this rank's share of it, which may be empty."""
-        for indices in self.order().split(batch_size):
-            if len(indices) == batch_size or not drop_last:
-                yield len(indices), self.batch(indices[rank::world_size])
+        batches = self.order().split(batch_size)
+        for indices in batches[: self.num_batches(batch_size, drop_last)]:
+            yield len(indices), self.batch(indices[rank::world_size])
 
     def num_batches(self, batch_size, drop_last=False):
         """Number of batches in an epoch."""

@@ -38,6 +38,7 @@ class Recipe:
     """A row of the table. The defaults are the values that most rows share."""
 
     description: str
+    # Functions and classes are saved by name: no lambdas, no functools.partial.
     encoder: Callable[[], nn.Module]  # builds a module: image (B, 1, 28, 28) -> features (B, F)
     head: Callable[[int], nn.Module]  # F -> module: features, addend -> digit and sum logits
     epochs: int

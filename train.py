@@ -58,8 +58,8 @@ def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
         digit_loss = F.nll_loss(digit_log_probs, digit, reduction="sum") / batch_size
         sum_loss = F.nll_loss(sum_log_probs, total, reduction="sum") / batch_size
         loss = recipe.loss_weight * (
-            smooth_labels(digit_loss, digit_log_probs, batch_size, recipe.label_smoothing)
-            + smooth_labels(sum_loss, sum_log_probs, batch_size, recipe.label_smoothing)
+            with_label_smoothing(digit_loss, digit_log_probs, batch_size, recipe.label_smoothing)
+            + with_label_smoothing(sum_loss, sum_log_probs, batch_size, recipe.label_smoothing)
         )
         optimizer.zero_grad()
         (world_size * loss).backward()  # DDP averages the gradients, which should be summed
@@ -78,7 +78,7 @@ def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
     return distributed.all_reduce_sum(torch.stack(rows)).cpu().double()
 
 
-def smooth_labels(loss, log_probs, batch_size, smoothing):
+def with_label_smoothing(loss, log_probs, batch_size, smoothing):
     """Add label smoothing to an NLL `loss`, as in `cross_entropy`; `log_probs` are (B, classes)."""
     uniform = -log_probs.sum() / (batch_size * log_probs.shape[1])
     return (1 - smoothing) * loss + smoothing * uniform
@@ -116,7 +116,7 @@ def main(argv):
 
     checkpoint = None
     if args.resume is not None:
-        path = rundir.checkpoint_to_resume(args)
+        path = distributed.all_gather(rundir.checkpoint_to_resume(args))[0]
         checkpoint = rundir.load_checkpoint(path)
         args = parse_train_args(argv, __doc__, RECIPES, checkpoint["flags"])
     recipe = recipe_from_args(args)
@@ -138,7 +138,7 @@ def main(argv):
 
     flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
     settings = {"flags": flags, "recipe": recipe.as_plain()}
-    resume_flags = check_changes(checkpoint, **settings) if checkpoint else []
+    resume_flags = check_changes(checkpoint, args.eval_only, **settings) if checkpoint else []
     if args.eval_only:
         rundir.restore(checkpoint, model)
         distributed.finish_setup(device)
@@ -147,6 +147,7 @@ def main(argv):
             log(metrics.result_line(split, split_metrics, checkpoint["info"]["note"]))
         return 0
 
+    distributed.all_gather("ready")  # else a process that fails leaves an empty directory
     directory = path.parent if checkpoint else None
     if not checkpoint and rank == 0:
         directory = rundir.create_directory(args)
@@ -163,7 +164,7 @@ def main(argv):
         info, calls = rundir.run_info(
             argv, args, recipe, device, source.note, count_parameters(model), history, calls
         )
-        if not args.quiet:
+        if not args.quiet and len(history) < recipe.epochs:
             rundir.log_header(info, reason, recipe, {"train": train_set, **eval_sets}, run_dir)
         distributed.finish_setup(device)
         parallel_model = distributed.replicate(model)

@@ -8,9 +8,9 @@ from support.console import warn
 from support.errors import UserError
 
 TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}  # flags not stored with the run
-# Flags and recipe columns that cannot change on resume.
-IMMUTABLE = {"recipe", "encoder", "head", "seed", "dataset", "dry_run", "addends", "val_size"}
-IMMUTABLE |= {"affine", "mean", "std", "drop_last", "optimizer", "optimizer_options"}
+# Flags and recipe columns that cannot change on resume; the first ones not in evaluation either.
+EVALUATION = {"recipe", "encoder", "head", "mean", "std", "seed", "dataset", "dry_run", "val_size"}
+IMMUTABLE = EVALUATION | {"addends", "affine", "drop_last", "optimizer", "optimizer_options"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +90,8 @@ def parse_train_args(argv, description, recipes, saved=None):
     """Parse the flags of train.py; those not given come from the `saved` ones of a resumed run."""
     parser = train_parser(description, recipes)
     parser.set_defaults(**saved or {})
+    if saved and saved["dataset"] == "mnist" and not os.path.isdir(saved["data_dir"]):
+        parser.set_defaults(data_dir="data")  # the run comes from another machine
     args = parser.parse_args(argv)
     args.data_dir = os.path.abspath(args.data_dir)  # to resume from another directory
     if args.recipe not in recipes:  # that of a resumed run; argparse does not check defaults
@@ -101,12 +103,14 @@ def parse_train_args(argv, description, recipes, saved=None):
     return args
 
 
-def check_changes(checkpoint, flags, recipe):
+def check_changes(checkpoint, eval_only, flags, recipe):
     """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat."""
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     changed_flags, done = [], len(checkpoint["history"])
     for name, value in current.items():
         if name == "description" or name in saved and saved[name] == value:
+            continue
+        if eval_only and name in recipe and name not in EVALUATION:
             continue
         label = f"--{name.replace('_', '-')}" if name in flags else f"recipe column {name}"
         change = f"{label} is now {value}, was {saved.get(name)}"

@@ -1,4 +1,4 @@
-"""Random affine augmentation, and the generators from which everything random is drawn."""
+"""Random affine augmentation, and the generators for it, the addends and the order."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ class Affine(NamedTuple):
 
     degrees: float  # rotation
     translate: float  # shift, as a fraction of the side
-    scale: float  # zoom from 1 - scale to 1 + scale, separately for each axis
+    scale: float  # sides divided by 1 - scale to 1 + scale, separately for each axis
     shear: float  # degrees
 
 

@@ -31,8 +31,8 @@ def warn(text, all_ranks=False):
 def progress_bar(total, title, quiet):
     """A progress bar on stderr; hidden if that is not a terminal, if `quiet`, or if rank > 0."""
     hidden = quiet or distributed.rank() > 0 or not sys.stderr
-    disable = hidden or None  # None: if stderr is not a terminal
-    return tqdm(total=total, desc=title, leave=False, disable=disable)
+    # None hides it if stderr is not a terminal.
+    return tqdm(total=total, desc=title, leave=False, disable=hidden or None)
 
 
 def exit_status(main):
@@ -52,11 +52,14 @@ def exit_status(main):
             if distributed.world_size() == 1 or os.environ.get("DEBUG") == "1":
                 raise
             cause = str(error).strip().splitlines()[0]
-            return fail(error, f"another process of this run may have failed ({cause})")
+            hint = f"{cause}; DEBUG=1 shows the traceback"
+            return fail(error, f"another process of this run may have failed ({hint})")
         except OSError as error:
             if os.environ.get("DEBUG") == "1":
                 raise
-            if error.filename is None:  # probably stdout's: Python would fail again at exit
+            try:
+                print(end="", flush=True)
+            except OSError:  # stdout is broken: Python would fail again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             path = f"{error.filename}: " if error.filename else ""
             return fail(error, f"{path}{error.strerror or error} (DEBUG=1 shows the traceback)")

@@ -88,7 +88,8 @@ def epoch_row(epoch, lr, train_metrics, predictions, seconds):
     for split, values in metrics.items():
         row |= {f"{split}_{k}": v for k, v in values.items() if k != "consistency"}
     if not all(map(math.isfinite, row.values())):
-        raise UserError(f"the loss of epoch {epoch} is NaN or infinite; try a smaller --lr")
+        message = f"the loss of epoch {epoch} is NaN or infinite; try a smaller --lr"
+        raise UserError(message, shared=True)
     return row | {f"{split}_seconds": round(value, 3) for split, value in seconds.items()}
 
 

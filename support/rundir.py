@@ -45,7 +45,7 @@ class RunDir:
     def open(self, new):
         """Lock the directory; a `new` run must not find the files of another one.
 
-        An error that leaves the block gets a note with the command to resume.
+        An error that leaves the block gets a note with the command to resume, if it is possible.
         """
         with lock_directory(self.path, wait=False) if self.writable else nullcontext():
             if self.writable and new and any(map(self.has, RUN_FILES)):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -74,6 +75,26 @@ def test_a_run_finds_its_data_from_another_directory(job, workdir, monkeypatch):
     monkeypatch.chdir(workdir / "elsewhere")
     status, out, err = job("--resume", "../run", "--eval-only")
     assert (status, err) == (0, "") and out.startswith("result   test: digit ")
+
+
+def test_a_run_from_another_machine_uses_the_data_here(job, workdir):
+    (workdir / "data").rename("theirs")
+    assert job(*FAST, "--output-dir", "run", "--data-dir", "theirs")[0] == 0
+    (workdir / "theirs").rename("data")
+    status, out, err = job("--resume", "run", "--eval-only")
+    assert status == 0 and out.startswith("result   test: digit ")
+    assert re.fullmatch("warning: --data-dir is now .*data, was .*theirs\n", err)
+
+
+def test_a_run_of_a_changed_recipe_is_evaluated_but_not_continued(job, monkeypatch):
+    assert job(*FAST, "--output-dir", "run", "--epochs", 2)[0] == 0
+    result = job("--resume", "run", "--eval-only")
+    changed = dataclasses.replace(RECIPES["fast"], optimizer="Adam", affine=None, epochs=1, lr=0.5)
+    monkeypatch.setitem(RECIPES, "fast", changed)
+    assert job("--resume", "run", "--eval-only") == result
+    assert job("--resume", "run", "--epochs", 3)[0] == 2
+    monkeypatch.setitem(RECIPES, "fast", dataclasses.replace(changed, mean=0.5))
+    assert job("--resume", "run", "--eval-only")[0] == 2
 
 
 def test_output_and_files_of_a_run(job_with_plots):
@@ -323,7 +344,7 @@ def test_results_belong_to_the_last_checkpoint_when_an_extension_is_interrupted(
     assert job(*FAST)[0] == 0
     files = {name: Path("runs/fast", name).read_bytes() for name in ("results.json", "args.json")}
     status, out, _ = job("--resume", "runs/fast", "--lr", 0.5)
-    assert status == 0 and "\nnothing left to train after epoch 1/1\n" in out
+    assert status == 0 and out.startswith("nothing left to train after epoch 1/1\n")
     assert all(Path("runs/fast", name).read_bytes() == old for name, old in files.items())
     with monkeypatch.context() as patch:
         interrupt_in(patch, train.metrics, "epoch_line")
@@ -405,6 +426,17 @@ def test_debug_shows_the_traceback_of_an_unexpected_error(monkeypatch, capsys):
     monkeypatch.setenv("DEBUG", "1")
     with pytest.raises(PermissionError):
         fail([])
+
+
+def test_an_error_of_another_file_leaves_stdout_open(monkeypatch, capsys):
+    @exit_status
+    def fail(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *args: pytest.fail("stdout was closed"))
+        assert fail([]) == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def show_on(terminal):

@@ -88,7 +88,7 @@ def test_the_learning_rate_follows_the_schedule_over_all_epochs(dataset):
 def test_label_smoothing_is_that_of_cross_entropy(smoothing):
     log_probs = torch.randn(7, 19, generator=torch.Generator().manual_seed(1)).log_softmax(1)
     target = torch.arange(7)
-    ours = train.smooth_labels(F.nll_loss(log_probs, target), log_probs, 7, smoothing)
+    ours = train.with_label_smoothing(F.nll_loss(log_probs, target), log_probs, 7, smoothing)
     theirs = F.cross_entropy(log_probs, target, label_smoothing=smoothing)
     torch.testing.assert_close(ours, theirs)
 
