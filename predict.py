@@ -39,7 +39,7 @@ def parse_args(argv):
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
     text = "export the network, with a model card; .pt2 is for PyTorch, .onnx for other runtimes"
     flag("--export", type=Path, metavar="FILE", help=text)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may come between the run and the images
     if not args.image and not args.export:
         parser.error("nothing to do: give an image or --export")
     for path, suffixes in ((args.save_picture, [".png"]), (args.export, FORMATS)):

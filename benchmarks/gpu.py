@@ -72,14 +72,14 @@ def measure_steps(recipe, images, device, precision, steps):
 def measure_deterministic(name, flags):
     """Whether two runs with --deterministic are bit-identical, and their slowdown."""
     seconds, weights = [], []
-    for extra in ([], ["--deterministic"], ["--deterministic"]):
+    for extra in ([], ["--deterministic"]) * 2:
         with tempfile.TemporaryDirectory() as directory:
             run = speed.run_train(name, [*flags, "--epochs", "2", *extra], directory)
             checkpoint = load_checkpoint(Path(directory, LAST))
         seconds.append(run.epoch_seconds[-1])  # the first epoch includes the warm-up
         weights.append(checkpoint["network"])
-    identical = all(torch.equal(value, weights[2][key]) for key, value in weights[1].items())
-    return {"bit_identical": identical, "slowdown": min(seconds[1:]) / seconds[0]}
+    identical = all(torch.equal(value, weights[3][key]) for key, value in weights[1].items())
+    return {"bit_identical": identical, "slowdown": min(seconds[1::2]) / min(seconds[::2])}
 
 
 def measure(name, args, device, precision, source, product_flops):

@@ -195,6 +195,8 @@ def growth(args):
 
     The other images are held out and evaluated, which counts for the memory but not for the time.
     """
+    if train_args(args).val_size is not None:
+        raise UserError("growth sets --val-size itself", status=2)
     rows = []
     for images in (TRAIN_IMAGES // part for part in (8, 4, 2, 1)):
         run = train(args.recipe, [*EPOCHS, "--val-size", str(TRAIN_IMAGES - images), *args.flags])

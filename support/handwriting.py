@@ -127,7 +127,8 @@ def find_ink(rgb):
     """Separate ink from paper: ink, float (H, W), its threshold, whether the image is noiseless.
 
     Ink differs from paper along one direction in color space, measured in the paper's standard
-    deviations; in a noiseless image, whose border has a single color, in RGB values.
+    deviations; in a noiseless image, whose border has nearly a single color, in RGB values. The
+    threshold is infinite if there is no ink.
     """
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     background = np.median(border, axis=0)
@@ -137,7 +138,7 @@ def find_ink(rgb):
     for _ in range(3):  # each pass estimates the direction from a better estimate of the ink
         strong = ink > np.quantile(ink, 0.999, method="lower") / 2
         if not strong.any():
-            return np.zeros_like(ink), 0.0, noiseless
+            return ink, np.inf, noiseless
         direction = difference[strong].mean(axis=0)
         projection = difference @ (direction / np.linalg.norm(direction))
         ink = projection.clip(0)
@@ -145,7 +146,7 @@ def find_ink(rgb):
     if noiseless:
         return ink, FAINT * strength, True
     if strength < 4.7:  # standard deviations of the paper: no ink
-        return np.zeros_like(ink), 0.0, False
+        return ink, np.inf, False
     rest = projection[~strong]
     deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
     return ink, max(FAINT * strength, NOISE * deviation), False
@@ -172,18 +173,18 @@ def fit_paper(rgb):
     scale = min(1, 32 / max(height, width))
     rows, columns = (max(3, round(side * scale)) for side in (height, width))  # of averages
     channels = [Image.fromarray(c) for c in np.moveaxis(rgb.astype(np.float32), 2, 0)]
-    reduced = [np.asarray(c.resize((columns, rows), Image.Resampling.BOX)) for c in channels]
-    reduced = np.stack(reduced, axis=-1).reshape(-1, 3).astype(float)
+    averages = [np.asarray(c.resize((columns, rows), Image.Resampling.BOX)) for c in channels]
+    averages = np.stack(averages, axis=-1).reshape(-1, 3).astype(float)
 
     def polynomials(*shape):  # values of the 9 basis polynomials at each pixel
         y, x = (legvander((np.arange(n) + 0.5) / n * 2 - 1, 2) for n in shape)
         return np.einsum("yi,xj->yxij", y, x).reshape(-1, 9)
 
-    basis, weight = polynomials(rows, columns), np.ones(len(reduced))
+    basis, weight = polynomials(rows, columns), np.ones(len(averages))
     for _ in range(20):  # reweighted least squares: least absolute deviations, to ignore ink
         weighted = basis.T * weight
-        fit = np.linalg.lstsq(weighted @ basis, weighted @ reduced, rcond=None)[0]
-        weight = 1 / np.maximum(np.linalg.norm(reduced - basis @ fit, axis=1), 0.5)
+        fit = np.linalg.lstsq(weighted @ basis, weighted @ averages, rcond=None)[0]
+        weight = 1 / np.maximum(np.linalg.norm(averages - basis @ fit, axis=1), 0.5)
     return (polynomials(height, width) @ fit).reshape(rgb.shape)
 
 
@@ -226,9 +227,11 @@ def touches_edge(box, shape):
 def as_mnist(ink):
     """Normalize cropped ink, float (h, w), to an MNIST image, uint8 (28, 28)."""
     missing = max(ink.shape) - np.array(ink.shape)
-    square = np.pad(ink.astype(np.float32), [(n // 2, n - n // 2) for n in missing])
-    shrunk = Image.fromarray(square).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BOX)
-    digit = np.asarray(shrunk, dtype=float)
+    square = np.pad(ink, [(n // 2, n - n // 2) for n in missing])
+    # Exact averages: Pillow's box filter gives some rows and columns no weight at all.
+    overlap = np.eye(DIGIT_SIDE).repeat(len(square), axis=1).reshape(DIGIT_SIDE, -1, DIGIT_SIDE)
+    weights = overlap.mean(axis=2)  # (20, n), of each old pixel in each new one
+    digit = weights @ square @ weights.T
     if len(square) > DIGIT_SIDE:  # shrinking makes thin strokes gray: a quarter counts as full
         digit = np.minimum(digit, np.quantile(digit[digit > 0.1 * digit.max()], 0.75))
     center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+EDGE = 2  # pixels at the edge of a sheet that may be blurred
+
 
 def find_sheet(rgb, smallest):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
@@ -20,13 +22,15 @@ def find_sheet(rgb, smallest):
             sheet, ink = fill_holes(labels == label, mask, smallest)
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
-                if np.prod(box[1] - box[0]) > sheet.sum() / 2:  # else its edge is that of a shadow
+                sides = box[1] - box[0]
+                # Else nothing is left without the edge, or the edge is that of a shadow.
+                if sides.min() > 2 * EDGE and sides.prod() > sheet.sum() / 2:
                     sheets.append((sheet, box))
     sheets.sort(key=lambda item: item[0].sum())
     while sheets:
         sheet, box = sheets.pop()
         if not any(sheet[smaller].all() for smaller, _ in sheets):
-            return box + np.where(box == [[0, 0], gray.shape], 0, [[2], [-2]])  # no blurred edge
+            return box + np.where(box == [[0, 0], gray.shape], 0, [[EDGE], [-EDGE]])
     return None
 
 

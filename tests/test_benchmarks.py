@@ -197,6 +197,11 @@ def test_growth_is_compared_with_a_line(measure, fixed_times):
     assert section["line"]["largest_deviation"] == pytest.approx(0, abs=1e-9)
 
 
+def test_growth_refuses_the_flag_that_it_sets(capsys):
+    assert speed.main(["growth", "--", "--val-size", "100"]) == 2
+    assert "growth sets --val-size" in capsys.readouterr().err
+
+
 def test_the_limit_is_the_rate_of_matrix_products(measure, fixed_times, monkeypatch):
     rates = {torch.float32: 1e11, torch.bfloat16: 4e11}
     monkeypatch.setattr(speed, "product_rate", lambda device, dtype: rates[dtype])

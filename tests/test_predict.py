@@ -113,6 +113,14 @@ def test_the_line_of_a_picture(command, pictures):
     assert re.fullmatch(line, out), out
 
 
+def test_the_order_of_flags_and_pictures_does_not_matter(command, pictures):
+    (one, _), (two, _) = pictures[:2]
+    expected = command(one, two, "--json", "--add", 7)
+    assert expected[0] == 0
+    assert command("--json", one, "--add", 7, two) == expected
+    assert command("--json", "--add", 7, "--", one, two) == expected
+
+
 def test_several_pictures_are_recognized_and_labeled_with_their_names(command, pictures):
     status, out, _ = command(*[file for file, _ in pictures], "--add", 3, "--json")
     assert status == 0
