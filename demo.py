@@ -35,13 +35,11 @@ POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors '
 
 def parse_args(argv):
     parser = Parser(prog="demo.py", description=__doc__)
-    parser.add_argument(
-        "run", nargs="?", help="run directory or checkpoint (default: the latest, without dry runs)"
-    )
-    parser.add_argument(
-        "--port", type=number(int, 1024, 65535), default=0, help="default: a free one"
-    )
-    parser.add_argument("--no-browser", action="store_true", help="only print the URL")
+    flag = parser.add_argument
+    text = "run directory or checkpoint (default: the latest, without dry runs)"
+    flag("run", nargs="?", help=text)
+    flag("--port", type=number(int, 1024, 65535), default=0, help="default: a free one")
+    flag("--no-browser", action="store_true", help="only print the URL")
     return parser.parse_args(argv)
 
 

@@ -24,14 +24,10 @@ FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: code for the mode
 
 
 def export(path, predictor, checkpoint, data):
-    """Write a network and its model card in the format of the suffix, a key of FORMATS.
+    """Write a network, in the format of the suffix, and its model card; returns both paths.
 
-    Args:
-        predictor: maps uint8 (B, 28, 28) and int64 (B,) to probabilities of digits and sums.
-        data: text on what the network of the checkpoint was trained on.
-
-    Returns:
-        The paths of both files.
+    predictor: maps uint8 (B, 28, 28) and int64 (B,) to probabilities; data: text on what the
+    network was trained on.
     """
     batch = {0: torch.export.Dim("batch")}  # any size
     example = torch.zeros(2, SIDE, SIDE).byte(), torch.zeros(2).long()
@@ -71,10 +67,6 @@ def as_onnx(program):
 def model_card(path, checkpoint, data):
     """The model card of an exported network, in Markdown."""
     template = Path(__file__).with_name("model_card.md").read_text("utf-8")
-    return template.format(
-        name=path.name,
-        data=data,
-        code=FORMATS[path.suffix].format(name=path.name),
-        **checkpoint["history"][-1],
-        **checkpoint["info"],
-    )
+    values = checkpoint["history"][-1] | checkpoint["info"]
+    code = FORMATS[path.suffix].format(name=path.name)
+    return template.format(name=path.name, data=data, code=code, **values)

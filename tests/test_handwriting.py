@@ -316,8 +316,18 @@ BAD = {
 }
 
 
+REASONS = {
+    "missing": "No such",
+    "text": "not a readable",
+    "empty": "not a readable",
+    "1x1": "1 x 1",
+}
+REASONS |= {"a directory": "directory", "cut off": "damaged", "damaged EXIF": "damaged"}
+REASONS |= {"too many pixels": "pixels", "several pages": "several", "animated": "several"}
+
+
 @pytest.mark.parametrize("kind", BAD)
-def test_an_unusable_picture_is_an_error_of_one_line(tmp_path, kind):
+def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(tmp_path, kind):
     BAD[kind](tmp_path)
-    with pytest.raises(UserError, match="^[^\n]+$"):
+    with pytest.raises(UserError, match=f"^[^\n]*{REASONS[kind]}[^\n]*$"):
         read_picture(str(tmp_path / "file"))

