@@ -84,6 +84,8 @@ def vary(recipe, changes):
     columns = {}
     for change in changes:
         column, _, text = change.partition("=")
+        if column in columns:
+            raise UserError(f"--vary {change}: {column} is given twice", status=2)
         if column not in recipe.as_plain():
             raise UserError(f"--vary {change}: recipes have no column {column!r}", status=2)
         try:
@@ -118,7 +120,8 @@ def conditions(flags):
     dataset = load_data(args.dataset, args.data_dir).name
     device, _ = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    return flags, dataset, str(device), precision, torch.__version__, machine()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return flags, dataset, str(device), gpu, precision, torch.__version__, machine()
 
 
 def work_directory(recipe, conditions):
@@ -281,17 +284,19 @@ def parse_args(argv):
 @exit_status
 def main(argv):
     args, rows = parse_args(argv)
-    fixed, recipes, runs = conditions(args.flags), {}, {name: [] for name in rows}
+    results = {**provenance("seeds", argv), "rows": {}}
+    fixed, recipes, directories = conditions(args.flags), {}, {}
+    runs = {name: [] for name in rows}
     # Plots that nobody looks at would take longer than some runs.
     with patch.dict(RECIPES, rows), patch.object(plots, "run_figures", lambda *args: {}):
         for name in rows:
             flags = ["--recipe", name, *args.flags]
             recipes[name] = recipe_from_args(train_parser("", RECIPES).parse_args(flags))
+            directories[name] = work_directory(recipes[name], fixed)
         for seed in range(args.seeds):
             for name, recipe in recipes.items():  # inner loop: a busy machine slows all rows down
-                directory = work_directory(recipe, fixed)
-                runs[name].append(run_seed(name, recipe, seed, directory, args.flags))
-    results = {**provenance("seeds", argv), "rows": {}}
+                run = run_seed(name, recipe, seed, directories[name], args.flags)
+                runs[name].append(run)
     for name, recipe in recipes.items():
         results["rows"][name] = summarize(recipe, runs[name])
         print(report(name, results["rows"][name]), flush=True)

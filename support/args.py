@@ -90,7 +90,7 @@ def parse_train_args(argv, description, recipes, saved=None):
     """Parse the flags of train.py; those not given come from the `saved` ones of a resumed run."""
     parser = train_parser(description, recipes)
     parser.set_defaults(**saved or {})
-    if saved and saved["dataset"] == "mnist" and not os.path.isdir(saved["data_dir"]):
+    if saved and saved["dataset"] == "mnist" and not os.path.isdir(f"{saved['data_dir']}/MNIST"):
         parser.set_defaults(data_dir="data")  # the run comes from another machine
     args = parser.parse_args(argv)
     args.data_dir = os.path.abspath(args.data_dir)  # to resume from another directory

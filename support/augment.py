@@ -1,4 +1,4 @@
-"""Random affine augmentation, and the generators for it, the addends and the order."""
+"""Random affine augmentation, and the generators for all randomness in the data."""
 
 import hashlib
 import math

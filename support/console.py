@@ -76,5 +76,7 @@ def fail(error, message, status=1):
     shared = getattr(error, "shared", False)
     if not shared:
         message, shared = distributed.share_error(message)
+    if shared:  # all ranks get here
+        distributed.close()
     warn(f"error: {message}", all_ranks=not shared)
     return status

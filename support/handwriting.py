@@ -228,7 +228,7 @@ def as_mnist(ink):
     """Normalize cropped ink, float (h, w), to an MNIST image, uint8 (28, 28)."""
     missing = max(ink.shape) - np.array(ink.shape)
     square = np.pad(ink, [(n // 2, n - n // 2) for n in missing])
-    # Exact averages: Pillow's box filter gives some rows and columns no weight at all.
+    # Exact up to a factor, while Pillow's box filter gives some rows and columns no weight at all.
     overlap = np.eye(DIGIT_SIDE).repeat(len(square), axis=1).reshape(DIGIT_SIDE, -1, DIGIT_SIDE)
     weights = overlap.mean(axis=2)  # (20, n), of each old pixel in each new one
     digit = weights @ square @ weights.T

@@ -17,7 +17,8 @@ from test_train import rows
 import dataset
 import train
 from recipes import RECIPES, load_model
-from support import device
+from support import device, rundir
+from support.errors import UserError
 from support.synthetic import synthetic_mnist
 
 # In batches of 12, the last has one image: the second process gets none of it.
@@ -121,7 +122,16 @@ def differ_in_bf16(rank):
     device.has_fast_bf16 = lambda device: rank == 1
 
 
+def fail_to_build(rank):
+    def fail(*parts):
+        raise UserError("no memory for the model")
+
+    if rank == 1:
+        train.build_model = fail
+
+
 ERRORS = [
+    ("", fail_to_build, 1, "rank 1: no memory"),
     ("", damage_mnist, 1, "rank 1: .*damaged"),
     ("--output-dir data/MNIST/raw/train-labels-idx1-ubyte", no_fault, 1, "rank 0: cannot create"),
     ("", remove_mnist, 1, "only some of the processes have MNIST"),
@@ -136,6 +146,34 @@ def test_an_error_before_training_is_printed_once(two, flags, fault, status, mes
     (first, _, err), (second, _, nothing) = [job.end() for job in two(*flags.split(), fault=fault)]
     assert (first, second, nothing) == (status, status, "")
     assert re.fullmatch(f"error: {message}[^\n]*\n", err), err
+    assert not Path("run").exists()
+
+
+def diverge(rank):
+    def epoch_metrics(*args):
+        return {"digit_loss": float("nan")}, []
+
+    train.metrics.epoch_metrics = epoch_metrics
+
+
+def test_an_error_of_all_processes_during_training_is_printed_once(two):
+    (_, _, err), (status, _, nothing) = [job.end() for job in two(fault=diverge)]
+    assert (status, nothing) == (1, "") and re.fullmatch("error: the loss .* NaN [^\n]*\n", err)
+
+
+def resume_the_other_run(rank):
+    name = ("one", "other")[rank]
+    rundir.checkpoint_to_resume = lambda args: Path(name, "last.pt")
+
+
+def test_the_first_process_chooses_the_run_to_resume(two, job, toy_recipe):
+    for name, lr in (("one", 0.01), ("same", 0.01), ("other", 0.1)):
+        assert job(*FLAGS, "--epochs", 1, "--output-dir", name, "--lr", lr)[0] == 0
+    flags = ["--resume", "--epochs", 2, "--output-dir", ""]
+    ends = [process.end() for process in two(*flags, fault=resume_the_other_run)]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert job("--resume", "same", "--epochs", 2)[0] == 0
+    assert_close("one", "same")
 
 
 def fail_to_write(rank):
