@@ -1,8 +1,8 @@
 """MNIST with a random addend for each image: items (image, digit, one-hot addend, sum).
 
-Its randomness is a function of (seed, split, epoch, index), drawn on the CPU from separate
-generators: addends, order and augmentation do not depend on the batch size, the device or the
-number of processes, and a resumed run needs no saved generator state.
+Addends, order and augmentation are functions of (seed, split, epoch, index), drawn on the CPU from
+separate generators: they do not depend on the batch size, the device or the number of processes,
+and a resumed run needs no saved generator state.
 """
 
 import gzip

@@ -147,7 +147,7 @@ def main(argv):
             log(metrics.result_line(split, split_metrics, checkpoint["info"]["note"]))
         return 0
 
-    distributed.all_gather("ready")  # else a process that fails leaves an empty directory
+    distributed.all_gather("ready")  # if a process has failed, no directory is created
     directory = path.parent if checkpoint else None
     if not checkpoint and rank == 0:
         directory = rundir.create_directory(args)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import speed  # adds the program's directory to the path
 import torch
-from seeds import BENCHMARKS, multiply_adds, provenance, save_json, train_flag
+from common import BENCHMARKS, multiply_adds, provenance, save_json, train_flag
 from torch.autograd import DeviceType
 from torch.profiler import profile
 

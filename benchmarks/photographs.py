@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from common import BENCHMARKS, provenance, save_json
 from drawings import DRAWINGS, as_picture, drawing, letterboxed, on_desk
 from PIL import ImageOps
-from seeds import BENCHMARKS, provenance, save_json  # adds the program's directory to the path
 from simulation import DAMAGES, add_noise, photograph
 
 from dataset import load_data

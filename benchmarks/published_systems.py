@@ -11,7 +11,7 @@ import json
 import sys
 from typing import NamedTuple
 
-from seeds import ROOT, training_flops  # adds the program's directory to the path
+from common import ROOT, training_flops
 
 from model import build_model, count_parameters
 from recipes import RECIPES

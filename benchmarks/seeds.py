@@ -15,60 +15,44 @@ import hashlib
 import io
 import json
 import math
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
-from argparse import ArgumentTypeError
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from common import (
+    BENCHMARKS,
+    ROOT,
+    machine,
+    provenance,
+    save_json,
+    summary,
+    train_flag,
+    training_flops,
+)
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import train
+from dataset import load_data
+from model import build_model
+from recipes import RECIPES, recipe_from_args
+from support import plots
+from support.args import Parser, number, train_parser
+from support.augment import Affine
+from support.console import exit_status
+from support.device import pick_device, pick_precision
+from support.errors import UserError
+from support.rundir import LAST
 
-import train  # noqa: E402
-from dataset import load_data  # noqa: E402
-from model import build_model  # noqa: E402
-from recipes import RECIPES, recipe_from_args  # noqa: E402
-from support import plots  # noqa: E402
-from support.args import Parser, number, train_parser  # noqa: E402
-from support.augment import Affine  # noqa: E402
-from support.console import exit_status  # noqa: E402
-from support.constants import NUM_DIGITS, SIDE  # noqa: E402
-from support.device import cpu_capabilities, pick_device, pick_precision  # noqa: E402
-from support.errors import UserError  # noqa: E402
-from support.files import write_atomic  # noqa: E402
-from support.rundir import LAST, RUNS  # noqa: E402
-
-BENCHMARKS = RUNS / "benchmarks"
 # The program's modules, as far as they are imported here: what the result of a run depends on.
 FILES = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
 CODE = sorted(path for path in FILES if path.parent in (ROOT, ROOT / "support", ROOT / "published"))
-TRAIN_IMAGES = 60_000
-OWN_FLAGS = ("--recipe", "--seed", "--output-dir", "--resume", "--eval-only")  # of train.py
 OUTPUTS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
 COMPARISON = """\
 Accuracies in percent, median seconds of training. Compared: mean difference from the first row over
 runs with the same seed ± standard error of that mean."""
-
-
-def multiply_adds(recipe):
-    """Multiply-adds of the forward pass of one image through the network of a Recipe."""
-    model = build_model(recipe.encoder, recipe.head).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, NUM_DIGITS))
-    return counter.get_total_flops() // 2
-
-
-def training_flops(recipe):
-    """FLOPs to train a Recipe; the backward pass counts as two forward passes."""
-    return 6 * multiply_adds(recipe) * recipe.epochs * (TRAIN_IMAGES - recipe.val_size)
 
 
 def vary(recipe, changes):
@@ -164,17 +148,6 @@ def run_seed(name, recipe, seed, directory, flags):
     return results, accuracies
 
 
-def summary(values):
-    """Number, mean, sample standard deviation (None for a single value) and range of values."""
-    return {
-        "n": len(values),
-        "mean": statistics.mean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-        "min": min(values),
-        "max": max(values),
-    }
-
-
 def summarize(recipe, runs):
     """A row's part of the results file, in JSON types, from what `run_seed` returned per seed."""
     results, accuracies = zip(*runs, strict=True)
@@ -222,43 +195,8 @@ def comparison(rows):
     return "\n".join(lines)
 
 
-def machine():
-    """The processor and the number of threads, as text."""
-    processor = cpu_capabilities().get("cpu_name", platform.machine())
-    return f"{processor}, {torch.get_num_threads()} threads"
-
-
-def provenance(script, argv):
-    """How a result was made: command, commit of the code, machine and torch, as a dict."""
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # git is not installed
-        commit = ""
-    return {
-        "command": shlex.join(["python", f"benchmarks/{script}.py", *argv]),
-        "commit": commit or "unknown",
-        "machine": machine(),
-        "torch": str(torch.__version__),
-    }
-
-
-def save_json(path, value):
-    """Write a results file, and print its path. Creates its directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
-    print(f"saved    {path}")
-
-
-def train_flag(text):
-    """An argparse type: a flag of train.py that the benchmarks do not set themselves."""
-    if text.partition("=")[0] in OWN_FLAGS:
-        raise ArgumentTypeError(f"{text} cannot be given after --")
-    return text
-
-
 def parse_args(argv):
-    """The flags, and the rows to run: a dict of Recipes, the first of which is unchanged."""
+    """The flags, and the rows to run: a dict of Recipes, the first of which is not varied."""
     parser = Parser(prog="seeds.py", description=__doc__)
     flag = parser.add_argument
     text = "row of the table in recipes.py (default: %(default)s)"
@@ -271,10 +209,10 @@ def parse_args(argv):
     flag("--output", type=Path, metavar="FILE", help=text)
     flag("flags", nargs="*", type=train_flag, help="flags of train.py, after --")
     args = parser.parse_args(argv)
-    recipe = RECIPES[args.recipe]
+    given = train_parser("", RECIPES).parse_args(["--recipe", args.recipe, *args.flags])
+    recipe = recipe_from_args(given)
     rows = {args.recipe: recipe}
     rows |= {" ".join(changes): vary(recipe, changes) for changes in args.vary}
-    given = train_parser("", RECIPES).parse_args(args.flags)
     for column in (change.partition("=")[0] for changes in args.vary for change in changes):
         if getattr(given, column, None) is not None:
             raise UserError(f"{column} is both in --vary and in a flag after --", status=2)
@@ -285,19 +223,16 @@ def parse_args(argv):
 def main(argv):
     args, rows = parse_args(argv)
     results = {**provenance("seeds", argv), "rows": {}}
-    fixed, recipes, directories = conditions(args.flags), {}, {}
+    shared = conditions(args.flags)
+    directories = {name: work_directory(recipe, shared) for name, recipe in rows.items()}
     runs = {name: [] for name in rows}
     # Plots that nobody looks at would take longer than some runs.
     with patch.dict(RECIPES, rows), patch.object(plots, "run_figures", lambda *args: {}):
-        for name in rows:
-            flags = ["--recipe", name, *args.flags]
-            recipes[name] = recipe_from_args(train_parser("", RECIPES).parse_args(flags))
-            directories[name] = work_directory(recipes[name], fixed)
         for seed in range(args.seeds):
-            for name, recipe in recipes.items():  # inner loop: a busy machine slows all rows down
+            for name, recipe in rows.items():  # inner loop: a busy machine slows all rows down
                 run = run_seed(name, recipe, seed, directories[name], args.flags)
                 runs[name].append(run)
-    for name, recipe in recipes.items():
+    for name, recipe in rows.items():
         results["rows"][name] = summarize(recipe, runs[name])
         print(report(name, results["rows"][name]), flush=True)
     if args.vary:

@@ -23,9 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-# seeds adds the program's directory to the path.
-from seeds import (
+from common import (
     BENCHMARKS,
     ROOT,
     TRAIN_IMAGES,

@@ -8,7 +8,7 @@ from support.console import warn
 from support.errors import UserError
 
 TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}  # flags not stored with the run
-# Flags and recipe columns that cannot change on resume; the first ones not in evaluation either.
+# Flags and recipe columns that cannot change on resume; with --eval-only, only the first ones.
 EVALUATION = {"recipe", "encoder", "head", "mean", "std", "seed", "dataset", "dry_run", "val_size"}
 IMMUTABLE = EVALUATION | {"addends", "affine", "drop_last", "optimizer", "optimizer_options"}
 
@@ -104,7 +104,10 @@ def parse_train_args(argv, description, recipes, saved=None):
 
 
 def check_changes(checkpoint, eval_only, flags, recipe):
-    """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat."""
+    """Warn of changes since the resumed run, or raise UserError; returns the flags to repeat.
+
+    With `eval_only`, changes that affect only training are ignored.
+    """
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     changed_flags, done = [], len(checkpoint["history"])
     for name, value in current.items():

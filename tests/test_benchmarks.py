@@ -6,6 +6,7 @@ import re
 import shlex
 from types import SimpleNamespace
 
+import common
 import gpu
 import pytest
 import seeds
@@ -49,7 +50,7 @@ time.sleep(60)
 def test_flops_are_six_times_the_multiply_adds(name):
     recipe = RECIPES[name]
     first, others = BY_HAND[name]
-    assert seeds.multiply_adds(recipe) == first + others
+    assert common.multiply_adds(recipe) == first + others
     model, images = build_model(recipe.encoder, recipe.head), 2
     with FlopCounterMode(display=False) as counter:
         outputs = model(torch.zeros(images, 1, SIDE, SIDE), torch.zeros(images, NUM_DIGITS))
