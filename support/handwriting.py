@@ -1,9 +1,9 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`prepare` finds the sheet, separates ink from paper and normalizes the digit as in MNIST: crop, pad
-to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255, shift the center of
-mass to index 14. MNIST's own digits change by at most one gray level, except the 16 of 70,000
-whose longer side is 19.
+`prepare` finds the sheet, separates ink from paper, widens thin strokes and normalizes the digit as
+in MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255,
+shift the center of mass to index 14. MNIST's own digits change by at most one gray level, except
+the 16 of 70,000 whose longer side is 19.
 """
 
 import io
@@ -24,6 +24,7 @@ from support.sheet import bounding_box, connected_components, find_sheet, longer
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
+THIN = 2.5  # pixels of these 20: three of four digits of MNIST have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
 
@@ -91,9 +92,10 @@ def prepare_sheet(image):
         if NO_INK in closer.warnings:
             return closer
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
+    digit = digit[top:bottom, left:right]
     if not noiseless:  # strokes have soft edges and uneven ink: most of it counts as full
         digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
-    return Prepared(as_mnist(digit[top:bottom, left:right]), found)
+    return Prepared(as_mnist(thicken(digit)), found)
 
 
 def reduced(image):
@@ -224,6 +226,27 @@ def touches_edge(box, shape):
     return (box[0] == 0).any() or (box[1] == shape).any()
 
 
+def thicken(ink):
+    """Widen the strokes of cropped ink, float (h, w), if they are thinner than most of MNIST's."""
+    side = max(ink.shape)
+    if side <= DIGIT_SIDE:  # from MNIST
+        return ink
+    stroke = ink > 0
+    width = 2 * stroke.sum() / (stroke ^ with_neighbors(stroke, np.minimum)).sum()  # area / edge
+    layers = max(0, round((THIN * side / DIGIT_SIDE - width) / 2))
+    ink = np.pad(ink, layers)
+    for _ in range(layers):
+        ink = with_neighbors(ink, np.maximum)
+    return ink
+
+
+def with_neighbors(values, choose):
+    """np.minimum or np.maximum of each value (H, W) and its four neighbors, 0 outside."""
+    padded = np.pad(values, 1)
+    neighbors = padded[2:, 1:-1], padded[:-2, 1:-1], padded[1:-1, 2:], padded[1:-1, :-2]
+    return choose.reduce([values, *neighbors])
+
+
 def as_mnist(ink):
     """Normalize cropped ink, float (h, w), to an MNIST image, uint8 (28, 28)."""
     missing = max(ink.shape) - np.array(ink.shape)
@@ -232,7 +255,7 @@ def as_mnist(ink):
     overlap = np.eye(DIGIT_SIDE).repeat(len(square), axis=1).reshape(DIGIT_SIDE, -1, DIGIT_SIDE)
     weights = overlap.mean(axis=2)  # (20, n), of each old pixel in each new one
     digit = weights @ square @ weights.T
-    if len(square) > DIGIT_SIDE:  # shrinking makes thin strokes gray: a quarter counts as full
+    if len(square) > DIGIT_SIDE:  # shrinking makes edges gray: a quarter counts as full
         digit = np.minimum(digit, np.quantile(digit[digit > 0.1 * digit.max()], 0.75))
     center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]
     y, x = (math.ceil(CENTER - 0.5 - c) for c in center)
