@@ -75,7 +75,7 @@ class Server(ThreadingTCPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / returns the page; POST /predict?addend=N, with an image as its body, the record."""
+    """GET / returns the page; POST /predict?addend=N returns the record of the posted image."""
 
     def handle(self):
         deadline = threading.Timer(DEADLINE, self.hang_up)

@@ -1,4 +1,4 @@
-"""Measure training on a GPU: accuracies, time, use of the GPU, and the cost of --deterministic.
+"""Measure training on a GPU: accuracies, time, GPU utilization, and the cost of --deterministic.
 
 python benchmarks/gpu.py
 python benchmarks/gpu.py --output results/gpu.json -- --data-dir data

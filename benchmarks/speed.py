@@ -2,7 +2,7 @@
 
 python benchmarks/speed.py accuracy --recipe fast --peer ../examples
 python benchmarks/speed.py limit --recipe default
-python benchmarks/speed.py growth --recipe default
+python benchmarks/speed.py growth --recipe fast
 python benchmarks/speed.py processes --recipe fast
 
 Each run is train.py in a process of its own; flags of train.py go after --. Needs POSIX's wait4.
@@ -80,7 +80,7 @@ def run_train(recipe, flags, directory, processes=1):
     results, args, metrics = (Path(directory, name).read_text() for name in files)
     header, *rows = (line.split(",") for line in metrics.splitlines())
     epoch_seconds = [float(row[header.index("train_seconds")]) for row in rows]
-    # On Linux the maximum includes this process when it forked, which is smaller.
+    # On Linux the maximum includes the fork of this process, which is smaller.
     peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     recipe = json.loads(args)["recipe"]
     return Run(json.loads(results), recipe, epoch_seconds, wall_seconds, peak_bytes)
@@ -131,7 +131,7 @@ def read_peer_epochs(lines):
 
 
 def accuracy(args):
-    """Seconds until both outputs reach a test accuracy of 0.99, compared with a peer."""
+    """Training time, if both outputs reach a test accuracy of 0.99, and that of a peer."""
     rows = []
     for seed in range(args.seeds):
         run = train(args.recipe, ["--seed", str(seed), *args.flags])
@@ -191,7 +191,7 @@ def product_rate(device, dtype):
 def growth(args):
     """Seconds per epoch and peak memory for fractions of the training set: do they grow linearly?
 
-    The other images are held out and evaluated, which counts for the memory but not for the time.
+    The other images are held out and evaluated, which counts toward memory but not toward time.
     """
     if train_args(args).val_size is not None:
         raise UserError("growth sets --val-size itself", status=2)

@@ -126,10 +126,10 @@ class Added(nn.Module):
 
 
 class OnProbabilities(nn.Module):
-    """A published head that gets probabilities instead of digit logits, its sum logits scaled.
+    """A published head on digit probabilities, its sum logits scaled.
 
     If the digit d is certain, a linear layer can compute 2s(d + a) - s^2 from it and the addend a,
-    which is largest at s = d + a. This needs large weights; the factor makes them learn faster.
+    which is largest at s = d + a. This needs large weights; the factor speeds up learning.
     """
 
     def __init__(self, num_features):

@@ -8,7 +8,7 @@ from support.console import warn
 from support.errors import UserError
 
 TRANSIENT = {"resume", "eval_only", "quiet", "output_dir"}  # flags not stored with the run
-# Flags and recipe columns that cannot change on resume; with --eval-only, only the first ones.
+# Flags and recipe columns that cannot change with --eval-only, and those that cannot on resume.
 EVALUATION = {"recipe", "encoder", "head", "mean", "std", "seed", "dataset", "dry_run", "val_size"}
 IMMUTABLE = EVALUATION | {"addends", "affine", "drop_last", "optimizer", "optimizer_options"}
 
@@ -120,7 +120,7 @@ def check_changes(checkpoint, eval_only, flags, recipe):
         if name in IMMUTABLE:
             raise UserError(f"{change}: it cannot change on resume; start a new run", 2)
         if name == "epochs" and value <= done:
-            raise UserError(f"--epochs {value} is not more than the {done} already trained", 2)
+            raise UserError(f"--epochs {value} must exceed the {done} already trained", 2)
         if name == "epochs":
             change += "; the learning rate follows the new schedule"
         if name == "data_dir" and current["dataset"] == "synthetic":

@@ -12,7 +12,7 @@ from support.errors import UserError
 
 
 def log(text, stream="stdout", all_ranks=False):
-    """Print a line on rank 0, or on every rank that calls, unless the stream is closed.
+    """Print a line on rank 0 (`all_ranks`: on each) unless the stream is closed.
 
     Characters that are unprintable, or missing in the encoding of the stream, are escaped.
     """

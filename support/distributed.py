@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from support.errors import UserError
 
 _gpu_group = None  # the NCCL group for tensors on GPUs; without it the default group, Gloo
-_setting_up = True  # until `finish_setup` all ranks make the same calls of `all_gather`
+_setting_up = True  # until `finish_setup` all ranks make the same calls to `all_gather`
 
 
 def rank():
@@ -95,7 +95,7 @@ def broadcast_buffers(model):
 
 
 def abort():
-    """Cancel pending communication, for which a GPU would wait: ranks may stop at any step."""
+    """Cancel pending collectives: ranks may stop at different steps, and a GPU would wait."""
     if world_size() > 1:
         group = _gpu_group or dist.group.WORLD
         if not hasattr(group, "abort"):  # torch 2.6: NCCL can be aborted, Gloo cannot
@@ -104,7 +104,7 @@ def abort():
 
 
 def close():
-    """Leave the process group. Not after an error, since other ranks might never get here."""
+    """Leave the process group. Only if all ranks do, so not after an error of a single rank."""
     if dist.is_initialized():
         # torch 2.6 hangs if one of Gloo's threads still needs the interpreter to free a tensor.
         time.sleep(0.1)

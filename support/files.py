@@ -29,7 +29,7 @@ def lock_directory(path, wait):
 
 
 def write_atomic(path, content):
-    """Write bytes to a file, which at any time has either its old or its complete new content."""
+    """Write bytes to a file atomically: it has its old or its complete new content."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

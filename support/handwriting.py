@@ -24,7 +24,7 @@ from support.sheet import bounding_box, connected_components, find_sheet, longer
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
-THIN = 2.5  # pixels of these 20: three of four digits of MNIST have wider strokes
+THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
 
@@ -93,7 +93,7 @@ def prepare_sheet(image):
             return closer
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
-    if not noiseless:  # strokes have soft edges and uneven ink: most of it counts as full
+    if not noiseless:  # strokes have soft edges and uneven ink: clip most of it
         digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
     return Prepared(as_mnist(thicken(digit)), found)
 
@@ -110,7 +110,7 @@ def crop(image, box):
 
 
 def upright(image):
-    """Convert an image to RGB, rotated as its EXIF data says, on white; white ink on black."""
+    """Convert to upright RGB; transparency becomes white, or black if the ink is white."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
@@ -255,7 +255,7 @@ def as_mnist(ink):
     overlap = np.eye(DIGIT_SIDE).repeat(len(square), axis=1).reshape(DIGIT_SIDE, -1, DIGIT_SIDE)
     weights = overlap.mean(axis=2)  # (20, n), of each old pixel in each new one
     digit = weights @ square @ weights.T
-    if len(square) > DIGIT_SIDE:  # shrinking makes edges gray: a quarter counts as full
+    if len(square) > DIGIT_SIDE:  # shrinking makes edges gray: clip the top quarter
         digit = np.minimum(digit, np.quantile(digit[digit > 0.1 * digit.max()], 0.75))
     center = [np.arange(DIGIT_SIDE) @ digit.sum(axis=axis) / digit.sum() for axis in (1, 0)]
     y, x = (math.ceil(CENTER - 0.5 - c) for c in center)

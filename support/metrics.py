@@ -33,7 +33,7 @@ class Predictions(NamedTuple):
         return digit, probability
 
     def metrics(self):
-        """Losses and accuracies over all pairs. Consistent: predicted sum = digit + addend."""
+        """Metrics over all pairs. Consistent: the predicted sum is the predicted digit + addend."""
         (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
         correct_digit, correct_sum = predicted_digit == digit, predicted_sum == total
         values = {

@@ -46,8 +46,8 @@ def loss_figure(curve, history, title, label_smoothing):
     curve: (position in epochs, digit loss, sum loss), means over the training samples since the
     previous point; history: the rows of metrics.csv; title: a line about the run.
     """
-    note = "Plotted without label smoothing. Training minimizes the loss with label smoothing "
-    note += f"{label_smoothing:g}, which is lowest where the plotted one is at the dotted lines."
+    note = "Plotted without label smoothing. Dotted: the plotted loss at which the training loss, "
+    note += f"with label smoothing {label_smoothing:g}, is at its minimum."
     figure = new_figure("Loss per epoch", title, 5.6, note if label_smoothing else "")
     axes = figure.add_subplot()
     positions, *losses = zip(*curve, strict=True)

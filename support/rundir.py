@@ -45,7 +45,7 @@ class RunDir:
     def open(self, new):
         """Lock the directory; a `new` run must not find the files of another one.
 
-        An error that leaves the block gets a note with the command to resume, if it is possible.
+        If there is a checkpoint, an error in the block gets a note with the command to resume.
         """
         with lock_directory(self.path, wait=False) if self.writable else nullcontext():
             if self.writable and new and any(map(self.has, RUN_FILES)):
@@ -126,7 +126,7 @@ def create_directory(args):
 
 
 def latest_runs():
-    """The path and the last checkpoint of each run in RUNS but dry runs, the most recent first."""
+    """Path and last checkpoint of each run in RUNS, the most recent first, without dry runs."""
     for path in sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
@@ -195,7 +195,7 @@ def restore(checkpoint, model, optimizer=None):
 
 
 def run_info(argv, args, recipe, device, note, parameters, history, calls):
-    """Metadata of a run for its files, and its `calls`, with this one if it has epochs to train."""
+    """Metadata of a run, and its `calls`, including this one if epochs are left to train."""
     call = {
         "command": shlex.join(["python", "train.py", *argv]),
         "first_epoch": len(history) + 1,

@@ -23,7 +23,7 @@ def find_sheet(rgb, smallest):
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
                 sides = box[1] - box[0]
-                # Else nothing is left without the edge, or the edge is that of a shadow.
+                # Else nothing is left inside the edge, or it is the edge of a shadow.
                 if sides.min() > 2 * EDGE and sides.prod() > sheet.sum() / 2:
                     sheets.append((sheet, box))
     sheets.sort(key=lambda item: item[0].sum())
@@ -43,7 +43,7 @@ def similar_pixels(gray):
     light = gray > variance.argmax() + 1
     if light.any() and not light.all():
         high, low = np.median(gray[light]), np.median(gray[~light])
-        for tolerance in (0.15, 0.5):  # narrow: leaves out a thin frame, reduced to half its color
+        for tolerance in (0.15, 0.5):  # narrow: leaves out a thin frame, half faded by reduction
             yield gray > high - tolerance * (high - low)
             yield gray < low + tolerance * (high - low)
 

@@ -1,4 +1,4 @@
-"""Stopping on Ctrl-C or SIGTERM at a point where nothing is lost."""
+"""Stopping on Ctrl-C or SIGTERM between two steps, so that files stay complete."""
 
 import signal
 from contextlib import contextmanager, suppress
@@ -19,7 +19,7 @@ class StopFlag:
 
     @contextmanager
     def interruptible(self):
-        """A block that a requested stop ends early, without an error."""
+        """A block that ends early, without an error, if a stop is requested."""
         try:
             yield
         except (Stopped, RuntimeError):  # the latter if a peer has stopped first
