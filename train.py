@@ -72,7 +72,7 @@ def train_epoch(model, optimizer, dataset, recipe, autocast, stop, progress):
         rows.append(row)
         progress.update()
         if (step + 1) % PROGRESS_STEPS == 0 and not progress.disable:
-            losses = world_size * row[:2]
+            losses = world_size * row[:2]  # estimated from this rank's share
             progress.set_postfix(digit=f"{losses[0]:.3f}", sum=f"{losses[1]:.3f}")
     distributed.broadcast_buffers(model)
     return distributed.all_reduce_sum(torch.stack(rows)).cpu().double()
@@ -102,8 +102,9 @@ def evaluate(model, dataset, autocast, stop=NEVER):
         features = features.repeat_interleave(NUM_DIGITS, dim=0)  # (10 B, F)
         outputs = model.classify(features, addends.repeat(len(indices), 1))
         log_probs[indices] = torch.cat(outputs, dim=1).unflatten(0, (-1, NUM_DIGITS))
-    log_probs = distributed.all_reduce_sum(log_probs).cpu().split([NUM_DIGITS, NUM_SUMS], dim=2)
-    return metrics.Predictions(*log_probs, dataset.digits.cpu())
+    log_probs = distributed.all_reduce_sum(log_probs).cpu()  # the other ranks' rows were 0
+    digit_log_probs, sum_log_probs = log_probs.split([NUM_DIGITS, NUM_SUMS], dim=2)
+    return metrics.Predictions(digit_log_probs, sum_log_probs, dataset.digits.cpu())
 
 
 @exit_status
@@ -123,7 +124,8 @@ def main(argv):
 
     device, reason = pick_device(args.device, args.deterministic)
     args.precision = pick_precision(args.precision, device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, args.precision == "bf16")
+    bf16 = args.precision == "bf16"
+    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 
     source = load_data(args.dataset, args.data_dir)
     distributed.require_equal(source.name, "only some of the processes have MNIST")
@@ -148,10 +150,11 @@ def main(argv):
         return 0
 
     distributed.all_gather("ready")  # if a process has failed, no directory is created
-    directory = path.parent if checkpoint else None
-    if not checkpoint and rank == 0:
-        directory = rundir.create_directory(args)
-    directory = distributed.all_gather(directory)[0]
+    if checkpoint:
+        directory = path.parent
+    else:
+        created = rundir.create_directory(args) if rank == 0 else None
+        directory = distributed.all_gather(created)[0]  # that of rank 0
     run_dir = rundir.RunDir(directory, rank == 0, resume_flags)
     with run_dir.open(new=not checkpoint), stop_on_signals() as stop:
         history, curve, calls = [], [], []  # a row per epoch, the training loss, the invocations
@@ -159,7 +162,7 @@ def main(argv):
             checkpoint = rundir.load_checkpoint(path)  # again: it may have changed before the lock
             rundir.restore(checkpoint, model, optimizer)
             history, curve, calls = (checkpoint[name] for name in ("history", "curve", "calls"))
-            start_time -= checkpoint["seconds"]
+            start_time -= checkpoint["seconds"]  # total_seconds includes the earlier calls
             run_dir.save_derived(checkpoint)
         info, calls = rundir.run_info(
             argv, args, recipe, device, source.note, count_parameters(model), history, calls
@@ -269,8 +272,8 @@ def check_batch_size(recipe, num_images, model):
         raise UserError(f"{size} exceeds the {num_images} training images", status=2)
     last = 0 if recipe.drop_last else num_images % recipe.batch_size
     smallest = (last or recipe.batch_size) // world_size  # share of a process
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm  # cannot normalize a single image
-    if smallest < 2 and any(isinstance(layer, batch_norm) for layer in model.modules()):
+    # BatchNorm2d also averages over pixels, but BatchNorm1d cannot normalize a single image.
+    if smallest < 2 and any(isinstance(layer, torch.nn.BatchNorm1d) for layer in model.modules()):
         raise UserError(f"{size} leaves a process fewer than 2 images for batch normalization", 2)
 
 

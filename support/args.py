@@ -108,10 +108,11 @@ def check_changes(checkpoint, eval_only, flags, recipe):
 
     With `eval_only`, changes that affect only training are ignored.
     """
+    # A column replaces the flag of the same name, which is None if it was not given.
     saved, current = checkpoint["flags"] | checkpoint["recipe"], flags | recipe
     changed_flags, done = [], len(checkpoint["history"])
     for name, value in current.items():
-        if name == "description" or name in saved and saved[name] == value:
+        if name == "description" or (name in saved and saved[name] == value):
             continue
         if eval_only and name in recipe and name not in EVALUATION:
             continue

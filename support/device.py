@@ -21,7 +21,7 @@ def pick_device(requested="auto", deterministic=False):
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         reason = "no GPU found" if name == "cpu" else "GPU found"
-    if name == "cuda" or name.startswith("cuda") and several:
+    if name == "cuda" or (name.startswith("cuda") and several):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     failure = device_error(name)
     if failure and several and torch.cuda.device_count():

@@ -69,7 +69,8 @@ def prepare(image):
     image = upright(image)
     rgb, factor = reduced(image)
     whole = np.array([[0, 0], rgb.shape[:2]])
-    for smallest in (0.15, None, 0.05):  # a small digit on a sheet is looked for last
+    # Look for a digit on a sheet, in the whole picture (None), then for a small one on a sheet.
+    for smallest in (0.15, None, 0.05):
         sheet = whole if smallest is None else find_sheet(rgb, smallest)
         if sheet is not None:
             prepared = prepare_sheet(crop(image, sheet * factor))
@@ -251,7 +252,8 @@ def as_mnist(ink):
     """Normalize cropped ink, float (h, w), to an MNIST image, uint8 (28, 28)."""
     missing = max(ink.shape) - np.array(ink.shape)
     square = np.pad(ink, [(n // 2, n - n // 2) for n in missing])
-    # Exact up to a factor, while Pillow's box filter gives some rows and columns no weight at all.
+    # Each side is divided into 20 n parts: an old pixel has 20 of them, a new one n. Exact up to a
+    # factor, while Pillow's box filter gives some rows and columns no weight at all.
     overlap = np.eye(DIGIT_SIDE).repeat(len(square), axis=1).reshape(DIGIT_SIDE, -1, DIGIT_SIDE)
     weights = overlap.mean(axis=2)  # (20, n), of each old pixel in each new one
     digit = weights @ square @ weights.T

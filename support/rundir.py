@@ -99,7 +99,7 @@ class RunDir:
     def save_derived(self, checkpoint):
         """Write best.pt, metrics.csv and args.json, which the last checkpoint determines."""
         history, calls = checkpoint["history"], checkpoint["calls"]
-        scores = [row.get("val_both_accuracy", 0.0) for row in history]
+        scores = [row.get("val_both_accuracy", 0.0) for row in history]  # 0: never better
         if scores[-1] > max(scores[:-1], default=0.0):
             self.save_checkpoint(BEST, checkpoint)
         text = io.StringIO()
@@ -108,6 +108,7 @@ class RunDir:
         writer.writerows(history)
         self.write("metrics.csv", text.getvalue().encode())
         settings = {name: checkpoint[name] for name in ("flags", "recipe", "calls")}
+        # "recipe" is a name in the metadata; here it is replaced by the whole row.
         args = {"command": calls[-1]["command"], **checkpoint["info"], **settings}
         self.save_json("args.json", args)
 

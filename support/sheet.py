@@ -30,6 +30,7 @@ def find_sheet(rgb, smallest):
     while sheets:
         sheet, box = sheets.pop()
         if not any(sheet[smaller].all() for smaller, _ in sheets):
+            # Without the blurred edge, except at the edges of the picture.
             return box + np.where(box == [[0, 0], gray.shape], 0, [[EDGE], [-EDGE]])
     return None
 
@@ -77,7 +78,7 @@ def grow(box, mask):
     previous = None
     while not np.array_equal(previous, box):
         previous = box
-        for side in np.eye(4, dtype=int).reshape(4, 2, 2) * [[-1], [1]]:
+        for side in np.eye(4, dtype=int).reshape(4, 2, 2) * [[-1], [1]]:  # top, left, bottom, right
             (top, left), (bottom, right) = larger = box + side
             inside = (larger[0] >= 0).all() and (larger[1] <= mask.shape).all()
             box = larger if inside and mask[top:bottom, left:right].all() else box
@@ -100,6 +101,7 @@ def connected_components(mask):
     width = mask.shape[1] + 2
     steps = np.diff(np.pad(mask, 1).ravel().astype(np.int8))
     start, stop = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    # Run i touches the runs first[i] to last[i] - 1 of the row below.
     first = np.searchsorted(stop, start + width)
     last = np.searchsorted(start, stop + width, "right")
     parent = list(range(len(start)))

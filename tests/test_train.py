@@ -256,7 +256,7 @@ USAGE = """
 --epochs 0; --epochs 2.5; --epochs many; --batch-size -1; --lr nan; --lr 0; --weight-decay 11;
 --seed -1; --seed 4294967296; --val-size 600; --dataset cifar; --device tpu; --precision fp16;
 --recipe none; --epoch 3; --bogus; stray; --eval-only; --resume x --output-dir y;
---batch-size 599; --batch-size 1; --recipe concat-mlp --batch-size 601
+--recipe fast --batch-size 599; --recipe fast --batch-size 1; --recipe concat-mlp --batch-size 601
 """
 
 
@@ -265,6 +265,10 @@ def test_wrong_usage_is_one_line_and_status_2(job, flags):
     status, out, err = job(*flags.split())
     assert (status, out) == (2, "") and one_line(err), err
     assert os.listdir() == ["data"]
+
+
+def test_a_batch_of_one_image_is_trained_on_if_the_network_can(job):
+    assert job("--epochs", 1, "--batch-size", 599, "--device", "cpu")[0] == 0
 
 
 # Resume
