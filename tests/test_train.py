@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -441,6 +442,13 @@ def test_an_error_of_another_file_leaves_stdout_open(monkeypatch, capsys):
         patch.setattr(os, "dup2", lambda *args: pytest.fail("stdout was closed"))
         assert fail([]) == 1
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_too_little_gpu_memory_is_one_line(job, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs.")
+    monkeypatch.setattr(train, "train_epoch", Mock(side_effect=error))
+    status, _, err = job(*FAST)
+    assert status == 1 and one_line(err) and "try a smaller --batch-size" in err
 
 
 def show_on(terminal):
