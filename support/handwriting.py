@@ -230,7 +230,7 @@ def touches_edge(box, shape):
 def thicken(ink):
     """Widen the strokes of cropped ink, float (h, w), if they are thinner than most of MNIST's."""
     side = max(ink.shape)
-    if side <= DIGIT_SIDE:  # from MNIST
+    if side <= DIGIT_SIDE:  # an image of MNIST, or a smaller digit: nothing is shrunk
         return ink
     stroke = ink > 0
     width = 2 * stroke.sum() / (stroke ^ with_neighbors(stroke, np.minimum)).sum()  # area / edge
