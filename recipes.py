@@ -104,7 +104,7 @@ RECIPES = {
         optimizer="Adam", **PUBLISHED),
     "concat-linear-fixed": Recipe(
         "concat-linear on probabilities, with a decaying learning rate",
-        published.six_conv, published.ConcatProbabilities, 3, 64, 0.002, loss_weight=0.5,
+        published.six_conv, published.ConcatProbabilities, 10, 64, 0.002, loss_weight=0.5,
         optimizer="Adam", **PUBLISHED | {"schedule": one_cycle}),
     "added": Recipe(
         "published: embedded addend added to 60 features",
