@@ -97,18 +97,33 @@ def test_code_runs(job):
     assert (names["digit_probs"].shape, names["sum_probs"].shape) == ((2, 10), (2, 19))
 
 
+def mean_and_sd(summary):
+    return f"{100 * summary['mean']:.3f} ({100 * summary['sd']:.3f})"
+
+
 @pytest.mark.parametrize("name", ["default", "fast", "tiny"])
 def test_result_table_comes_from_the_benchmark(name):
     row = json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"][name]
     assert row["settings"].items() >= (RECIPES[name].as_plain() | {"description": ANY}).items()
     digit, total, _, consistency = row["metrics"].values()
-    spread = [f"{100 * head['mean']:.3f} ({100 * head['sd']:.3f})" for head in (digit, total)]
+    spread = map(mean_and_sd, (digit, total))
     cells = [f"{row['settings']['epochs']}", f"{row['parameters']:,}"]
     cells += [f"{row['training_flops']:.1e}".replace("e+", "e"), f"{digit['n']}", *spread]
     cores = {1: "one core", 2: "two cores"}[row["threads"]]
     cells += [f"{100 * consistency['mean']:.3f}", f"{row['median_train_seconds']:,.0f} on {cores}"]
     flags = "" if name == "default" else f" --recipe {name}"
     assert f"| `python train.py{flags}` | {' | '.join(cells)} |\n" in README
+
+
+@pytest.mark.parametrize("name", ["default", "fast", "tiny"])
+def test_bf16_table_comes_from_the_benchmark(name):
+    row = json.loads((ROOT / "results" / f"{name}-bf16.json").read_text())["rows"][name]
+    assert row["settings"].items() >= (RECIPES[name].as_plain() | {"description": ANY}).items()
+    assert (row["dataset"], row["precision"], row["threads"]) == ("mnist", "bf16", 2)
+    digit, total = row["metrics"]["digit"], row["metrics"]["sum"]
+    cells = [f"{digit['n']}", *map(mean_and_sd, (digit, total))]
+    cells += [f"{row['median_train_seconds']:.3g}"]
+    assert f"| `{name}` | {' | '.join(cells)} |\n" in DOCS["results/README.md"]
 
 
 def test_other_tables_come_from_the_benchmarks():
