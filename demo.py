@@ -18,12 +18,11 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from predict import Predictor, make_record, predict, training_caveat
-from recipes import load_model
+from inference.handwriting import prepare, read_picture
+from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
 from support.args import Parser, number
 from support.console import exit_status, log
 from support.errors import UserError
-from support.handwriting import prepare, read_picture
 from support.rundir import latest_runs
 
 ROOT = Path(__file__).parent
@@ -95,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":
             return self.send_error(403 if self.path == "/" else 404)
-        nonce, page = secrets.token_urlsafe(), (ROOT / "support" / "demo.html").read_text("utf-8")
+        nonce, page = secrets.token_urlsafe(), (ROOT / "inference" / "page.html").read_text("utf-8")
         for name, text in {"nonce": nonce, **self.server.texts}.items():
             page = page.replace(f"{{{{{name}}}}}", html.escape(text))
         self.reply("text/html; charset=utf-8", page, POLICY.format(nonce))

@@ -10,20 +10,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from recipes import load_model
+from inference.export import FORMATS, export
+from inference.handwriting import NO_INK, prepare, read_picture, upright
+from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
 from support.args import Parser
 from support.console import exit_status, log, warn
-from support.constants import NUM_DIGITS
 from support.errors import UserError
-from support.export import FORMATS, export
 from support.files import write_atomic
-from support.handwriting import NO_INK, prepare, read_picture, upright
 
-BATCH = 256  # images
-UNSURE = 0.65  # warn if the digit is less probable than this
 MAX_PLOTTED = 20  # images
 
 
@@ -103,52 +97,6 @@ def main(argv):
         write_atomic(args.save_picture, plots.as_png(figure))
     predicted = sum(record["digit"] is not None for record in records)
     return 0 if predicted == len(args.image) else 1
-
-
-def training_caveat(flags):
-    """What makes a network unfit for real digits, as text; "" if nothing does."""
-    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
-    dry_run = "a few batches of a dry run" if flags["dry_run"] else ""
-    return "; ".join(filter(None, [synthetic, dry_run]))
-
-
-class Predictor(torch.nn.Module):
-    """A trained network that takes pixels and returns probabilities, for inference only."""
-
-    def __init__(self, model, recipe):
-        super().__init__()
-        self.model, self.recipe = model.requires_grad_(False), recipe
-
-    def forward(self, pixels, addends):
-        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
-        images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
-        log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
-        # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.
-        e = self.recipe["label_smoothing"]
-        probabilities = [(x.exp() - e / x.shape[-1]).clamp(min=0) for x in log_probs]
-        return tuple(p / p.sum(dim=-1, keepdim=True) for p in probabilities)
-
-
-def predict(predictor, prepared, addend):
-    """Probabilities of digits (N, 10) and sums (N, 19) for N prepared images and one addend.
-
-    They are 0 for an image without ink.
-    """
-    pixels = torch.stack([torch.from_numpy(image.pixels) for image in prepared])  # (N, 28, 28)
-    batches = [predictor(batch, torch.full((len(batch),), addend)) for batch in pixels.split(BATCH)]
-    has_ink = pixels.flatten(1).any(dim=1, keepdim=True)
-    return [has_ink * torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-
-def make_record(file, prepared, digits, sums, addend):
-    """The prediction for an image, in JSON types; its values are None if there is no ink."""
-    record = {"file": file, "digit": None, "digit_probability": None, "addend": addend}
-    record |= {"sum": None, "sum_probability": None, "warnings": list(prepared.warnings)}
-    if NO_INK not in prepared.warnings:
-        record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
-        record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
-        record["warnings"] += ["the digit is uncertain"] if digits.max() < UNSURE else []
-    return record
 
 
 def as_line(record):

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from model import LowRankProduct, OuterProduct, build_model, compact, small, tiny
+from model import LowRankProduct, OuterProduct, compact, small, tiny
 from published import models as published
 from support.augment import Affine
 from support.constants import MEAN, STD
-from support.errors import UserError
-from support.rundir import load_checkpoint, restore
 
 
 def constant(step, total_steps):
@@ -125,20 +123,3 @@ def recipe_from_args(args):
     if args.dry_run:
         recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, 2))
     return recipe
-
-
-def load_model(path):
-    """Load the trained model of a run directory or a checkpoint, on the CPU, in evaluation mode.
-
-    Also returns the checkpoint, a dict. Raises UserError if the recipe has a different network now.
-    """
-    checkpoint = load_checkpoint(path)
-    name, saved = checkpoint["flags"].get("recipe"), checkpoint["recipe"]
-    if name not in RECIPES:
-        raise UserError(f"{path}: this version has no recipe {name!r}")
-    row = RECIPES[name].as_plain()
-    if any(saved.get(column) != row[column] for column in ("encoder", "head")):
-        raise UserError(f"{path}: recipe {name!r} of this version has a different network")
-    model = build_model(RECIPES[name].encoder, RECIPES[name].head)
-    restore(checkpoint, model)
-    return model.eval(), checkpoint

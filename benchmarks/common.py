@@ -1,29 +1,23 @@
-"""What the benchmarks share: cost of a recipe, statistics, provenance of a result, its file.
-
-Importing it makes the program's modules importable.
-"""
+"""What the benchmarks share: cost of a recipe, statistics, provenance of a result, its file."""
 
 import json
 import platform
 import shlex
 import statistics
 import subprocess
-import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import build_model
+from support.constants import NUM_DIGITS, SIDE
+from support.device import cpu_capabilities
+from support.files import write_atomic
+from support.rundir import RUNS
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from model import build_model  # noqa: E402
-from support.constants import NUM_DIGITS, SIDE  # noqa: E402
-from support.device import cpu_capabilities  # noqa: E402
-from support.files import write_atomic  # noqa: E402
-from support.rundir import RUNS  # noqa: E402
-
 BENCHMARKS = RUNS / "benchmarks"
 TRAIN_IMAGES = 60_000
 OWN_FLAGS = ("--recipe", "--seed", "--output-dir", "--resume", "--eval-only")  # of train.py
@@ -67,7 +61,7 @@ def provenance(script, argv):
     except FileNotFoundError:  # git is not installed
         commit = ""
     return {
-        "command": shlex.join(["python", f"benchmarks/{script}.py", *argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{script}", *argv]),
         "commit": commit or "unknown",
         "machine": machine(),
         "torch": str(torch.__version__),

@@ -1,7 +1,7 @@
 """Measure training on a GPU: accuracies, time, GPU utilization, and the cost of --deterministic.
 
-python benchmarks/gpu.py
-python benchmarks/gpu.py --output results/gpu.json -- --data-dir data
+python -m benchmarks.gpu
+python -m benchmarks.gpu --output results/gpu.json -- --data-dir data
 
 Trains each recipe in full once, and three times for two epochs: once unchanged and twice with
 --deterministic. Steps are timed and profiled after a warm-up. Flags of train.py go after --.
@@ -13,13 +13,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import speed  # adds the program's directory to the path
 import torch
-from common import BENCHMARKS, multiply_adds, provenance, save_json, train_flag
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
 import train
+from benchmarks import speed
+from benchmarks.common import BENCHMARKS, multiply_adds, provenance, save_json, train_flag
 from dataset import MNISTSum, load_data
 from model import build_model
 from recipes import RECIPES, recipe_from_args

@@ -1,6 +1,6 @@
 """Count how many simulated photographs and drawings of digits a trained network recognizes.
 
-python benchmarks/photographs.py runs/default
+python -m benchmarks.photographs runs/default
 
 The photographs, in simulation.py, are made from test images of MNIST; drawings.py draws strokes.
 """
@@ -9,18 +9,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import BENCHMARKS, provenance, save_json
-from drawings import DRAWINGS, as_picture, drawing, letterboxed, on_desk
 from PIL import ImageOps
-from simulation import DAMAGES, add_noise, photograph
 
+from benchmarks.common import BENCHMARKS, provenance, save_json
+from benchmarks.drawings import DRAWINGS, as_picture, drawing, letterboxed, on_desk
+from benchmarks.simulation import DAMAGES, add_noise, photograph
 from dataset import load_data
-from predict import Predictor, make_record, predict
-from recipes import load_model
+from inference.handwriting import Prepared, prepare
+from inference.predictor import Predictor, load_model, make_record, predict
 from support.args import Parser, number
 from support.console import exit_status, progress_bar
 from support.constants import SIDE
-from support.handwriting import Prepared, prepare
 
 KINDS = (*DAMAGES, "letterbox", "desk", *DRAWINGS)
 

@@ -1,7 +1,7 @@
 """Compare our runs of the published systems with what was published; prints a table in Markdown.
 
-python benchmarks/published_systems.py
-python benchmarks/published_systems.py --curve    # also plot published/results/concat-mlp/curve.png
+python -m benchmarks.published_systems
+python -m benchmarks.published_systems --curve    # also plot published/results/concat-mlp/curve.png
 
 Reads the results of train.py --recipe NAME in published/results/NAME, and results/default.json.
 """
@@ -11,8 +11,7 @@ import json
 import sys
 from typing import NamedTuple
 
-from common import ROOT, training_flops
-
+from benchmarks.common import ROOT, training_flops
 from model import build_model, count_parameters
 from recipes import RECIPES
 from support import plots
@@ -104,7 +103,7 @@ def as_published(name):
 
 def default_accuracies():
     """Means of the recipe `default` over its seeds."""
-    results = json.loads(read(DEFAULT, "benchmarks/seeds.py"))["rows"]["default"]
+    results = json.loads(read(DEFAULT, "python -m benchmarks.seeds"))["rows"]["default"]
     check(DEFAULT, results | results["settings"], expected_settings("default"))
     metrics = [results["metrics"][output] for output in OUTPUTS]
     accuracies = Accuracies(*(100 * values["mean"] for values in metrics))

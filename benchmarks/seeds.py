@@ -1,8 +1,8 @@
 """Train a recipe with several seeds: accuracies, cost, and how variations of the recipe compare.
 
-python benchmarks/seeds.py --recipe tiny --seeds 5
-python benchmarks/seeds.py --recipe fast --seeds 3 --vary label_smoothing=0 -- --val-size 10000
-python benchmarks/seeds.py --seeds 3 --vary head=ConcatMLP --vary schedule=constant lr=0.002
+python -m benchmarks.seeds --recipe tiny --seeds 5
+python -m benchmarks.seeds --recipe fast --seeds 3 --vary label_smoothing=0 -- --val-size 10000
+python -m benchmarks.seeds --seeds 3 --vary head=ConcatMLP --vary schedule=constant lr=0.002
 
 Flags of train.py go after --. Each --vary adds a row: the recipe with some columns changed, which
 is compared with the unchanged recipe over runs with the same seed. Accuracies are those after the
@@ -23,7 +23,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from common import (
+
+import train
+from benchmarks.common import (
     BENCHMARKS,
     ROOT,
     machine,
@@ -33,8 +35,6 @@ from common import (
     train_flag,
     training_flops,
 )
-
-import train
 from dataset import load_data
 from model import build_model
 from recipes import RECIPES, recipe_from_args

@@ -8,8 +8,9 @@ Each kind of damage is applied alone; "all" combines most of them.
 import io
 
 import numpy as np
-from drawings import as_picture
 from PIL import Image, ImageFilter
+
+from benchmarks.drawings import as_picture
 
 COMBINED = ("color", "uneven", "shadow", "noise", "blur", "specks", "off center", "exif", "jpeg")
 DAMAGES = ("plain", *COMBINED, "thin pen", "pencil", "ruled", "all")

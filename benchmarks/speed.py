@@ -1,9 +1,9 @@
 """Measure how long a recipe takes to train, and how well it uses the machine.
 
-python benchmarks/speed.py accuracy --recipe fast --peer ../examples
-python benchmarks/speed.py limit --recipe default
-python benchmarks/speed.py growth --recipe fast
-python benchmarks/speed.py processes --recipe fast
+python -m benchmarks.speed accuracy --recipe fast --peer ../examples
+python -m benchmarks.speed limit --recipe default
+python -m benchmarks.speed growth --recipe fast
+python -m benchmarks.speed processes --recipe fast
 
 Each run is train.py in a process of its own; flags of train.py go after --. Needs POSIX's wait4.
 """
@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import (
+
+from benchmarks.common import (
     BENCHMARKS,
     ROOT,
     TRAIN_IMAGES,
@@ -33,7 +34,6 @@ from common import (
     summary,
     train_flag,
 )
-
 from recipes import RECIPES
 from support.args import Parser, number, train_parser
 from support.console import exit_status

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import dataset  # noqa: E402
 import train  # noqa: E402

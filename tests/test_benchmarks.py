@@ -6,15 +6,12 @@ import re
 import shlex
 from types import SimpleNamespace
 
-import common
-import gpu
 import pytest
-import seeds
-import speed
 import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import common, gpu, seeds, speed
 from model import build_model
 from recipes import RECIPES
 from support.constants import NUM_DIGITS, SIDE

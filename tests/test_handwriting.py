@@ -6,15 +6,15 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from drawings import DRAWINGS, drawing, letterboxed
-from photographs import make_pictures
 from PIL import Image, ImageDraw, ImageOps
-from simulation import DAMAGES, photograph
 
+from benchmarks.drawings import DRAWINGS, drawing, letterboxed
+from benchmarks.photographs import make_pictures
+from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
-from support import handwriting
+from inference import handwriting
+from inference.handwriting import CUT, NO_INK, SEVERAL, as_mnist, prepare, read_picture
 from support.errors import UserError
-from support.handwriting import CUT, NO_INK, SEVERAL, as_mnist, prepare, read_picture
 from support.synthetic import synthetic_mnist
 
 NEEDS_MNIST = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR is not set")

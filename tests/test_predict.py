@@ -24,9 +24,11 @@ from PIL import Image
 import predict
 import train
 from dataset import Source
-from recipes import load_model
-from support import export, plots
-from support.handwriting import prepare
+from inference import export
+from inference.handwriting import prepare
+from inference.predictor import Predictor, load_model
+from inference.predictor import predict as predict_digits
+from support import plots
 from support.synthetic import synthetic_mnist
 
 
@@ -96,7 +98,7 @@ def exported_onnx(command):
 
 def load_predictor(run):
     model, checkpoint = load_model(run)
-    return predict.Predictor(model, checkpoint["recipe"])
+    return Predictor(model, checkpoint["recipe"])
 
 
 def change_checkpoint(run, key, values):
@@ -152,9 +154,9 @@ def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
 def test_predictions_do_not_depend_on_the_batch_size(trained, monkeypatch):
     predictor = load_predictor(trained)
     prepared = [SimpleNamespace(pixels=pixels.numpy()) for pixels in DIGITS.data[:7]]
-    together = predict.predict(predictor, prepared, 4)
+    together = predict_digits(predictor, prepared, 4)
     monkeypatch.setattr(predict, "BATCH", 3)
-    for ours, theirs in zip(predict.predict(predictor, prepared, 4), together, strict=True):
+    for ours, theirs in zip(predict_digits(predictor, prepared, 4), together, strict=True):
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(ours.sum(dim=1), torch.ones(7))
 

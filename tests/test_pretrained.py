@@ -10,8 +10,9 @@ from unittest.mock import ANY
 import pytest
 from conftest import ROOT
 
+from inference.predictor import load_model
 from model import count_parameters
-from recipes import RECIPES, load_model
+from recipes import RECIPES
 
 PATH = ROOT / "results" / "tiny.pt"
 SHA256 = "f258a4a3c2c9d288f849030de98f78c6a983a31ce1bbfbd783327dafdc24b377"

@@ -16,7 +16,8 @@ from test_train import rows
 
 import dataset
 import train
-from recipes import RECIPES, load_model
+from inference.predictor import load_model
+from recipes import RECIPES
 from support import device, rundir
 from support.errors import UserError
 from support.synthetic import synthetic_mnist

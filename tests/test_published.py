@@ -4,9 +4,10 @@ import json
 import re
 import shutil
 
-import published_systems
 import pytest
 from PIL import Image
+
+from benchmarks import published_systems
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from PIL import Image
 
 import dataset
 import train
-from recipes import RECIPES, load_model
+from inference.predictor import load_model
+from recipes import RECIPES
 from support import device, plots, rundir
 from support.augment import Affine
 from support.console import exit_status

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 import train
 from dataset import MNISTSum
+from inference.predictor import load_model
 from model import build_model, small
 from published.models import ConcatMLP
-from recipes import RECIPES, Recipe, constant, load_model
+from recipes import RECIPES, Recipe, constant
 from support import rundir
 from support.errors import UserError
 from support.signals import NEVER

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.polynomial.legendre import legvander
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from inference.sheet import bounding_box, connected_components, find_sheet, longer_side
 from support.constants import SIDE
 from support.errors import UserError
-from support.sheet import bounding_box, connected_components, find_sheet, longer_side
 
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}

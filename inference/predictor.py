@@ -1,0 +1,77 @@
+"""A trained network for inference: loading it, its probabilities, the record of a prediction."""
+
+import torch
+import torch.nn.functional as F
+
+from inference.handwriting import NO_INK
+from model import build_model
+from recipes import RECIPES
+from support.constants import NUM_DIGITS
+from support.errors import UserError
+from support.rundir import load_checkpoint, restore
+
+BATCH = 256  # images
+UNSURE = 0.65  # warn if the digit is less probable than this
+
+
+def load_model(path):
+    """Load the trained model of a run directory or a checkpoint, on the CPU, in evaluation mode.
+
+    Also returns the checkpoint, a dict. Raises UserError if the recipe has a different network now.
+    """
+    checkpoint = load_checkpoint(path)
+    name, saved = checkpoint["flags"].get("recipe"), checkpoint["recipe"]
+    if name not in RECIPES:
+        raise UserError(f"{path}: this version has no recipe {name!r}")
+    row = RECIPES[name].as_plain()
+    if any(saved.get(column) != row[column] for column in ("encoder", "head")):
+        raise UserError(f"{path}: recipe {name!r} of this version has a different network")
+    model = build_model(RECIPES[name].encoder, RECIPES[name].head)
+    restore(checkpoint, model)
+    return model.eval(), checkpoint
+
+
+def training_caveat(flags):
+    """What makes a network unfit for real digits, as text; "" if nothing does."""
+    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
+    dry_run = "a few batches of a dry run" if flags["dry_run"] else ""
+    return "; ".join(filter(None, [synthetic, dry_run]))
+
+
+class Predictor(torch.nn.Module):
+    """A trained network that takes pixels and returns probabilities, for inference only."""
+
+    def __init__(self, model, recipe):
+        super().__init__()
+        self.model, self.recipe = model.requires_grad_(False), recipe
+
+    def forward(self, pixels, addends):
+        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
+        images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
+        log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
+        # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.
+        e = self.recipe["label_smoothing"]
+        probabilities = [(x.exp() - e / x.shape[-1]).clamp(min=0) for x in log_probs]
+        return tuple(p / p.sum(dim=-1, keepdim=True) for p in probabilities)
+
+
+def predict(predictor, prepared, addend):
+    """Probabilities of digits (N, 10) and sums (N, 19) for N prepared images and one addend.
+
+    They are 0 for an image without ink.
+    """
+    pixels = torch.stack([torch.from_numpy(image.pixels) for image in prepared])  # (N, 28, 28)
+    batches = [predictor(batch, torch.full((len(batch),), addend)) for batch in pixels.split(BATCH)]
+    has_ink = pixels.flatten(1).any(dim=1, keepdim=True)
+    return [has_ink * torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def make_record(file, prepared, digits, sums, addend):
+    """The prediction for an image, in JSON types; its values are None if there is no ink."""
+    record = {"file": file, "digit": None, "digit_probability": None, "addend": addend}
+    record |= {"sum": None, "sum_probability": None, "warnings": list(prepared.warnings)}
+    if NO_INK not in prepared.warnings:
+        record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
+        record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
+        record["warnings"] += ["the digit is uncertain"] if digits.max() < UNSURE else []
+    return record
