@@ -24,10 +24,9 @@ from PIL import Image
 import predict
 import train
 from dataset import Source
-from inference import export
+from inference import export, predictor
 from inference.handwriting import prepare
 from inference.predictor import Predictor, load_model
-from inference.predictor import predict as predict_digits
 from support import plots
 from support.synthetic import synthetic_mnist
 
@@ -152,11 +151,11 @@ def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
 
 
 def test_predictions_do_not_depend_on_the_batch_size(trained, monkeypatch):
-    predictor = load_predictor(trained)
+    network = load_predictor(trained)
     prepared = [SimpleNamespace(pixels=pixels.numpy()) for pixels in DIGITS.data[:7]]
-    together = predict_digits(predictor, prepared, 4)
-    monkeypatch.setattr(predict, "BATCH", 3)
-    for ours, theirs in zip(predict_digits(predictor, prepared, 4), together, strict=True):
+    together = predictor.predict(network, prepared, 4)
+    monkeypatch.setattr(predictor, "BATCH", 3)
+    for ours, theirs in zip(predictor.predict(network, prepared, 4), together, strict=True):
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(ours.sum(dim=1), torch.ones(7))
 
@@ -311,12 +310,12 @@ def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(comma
     with zipfile.ZipFile("digits.pt2") as archive:  # no paths of this machine
         for part in archive.namelist():
             assert str(ROOT).encode() not in archive.read(part), part
-    predictor = load_predictor(trained)
+    network = load_predictor(trained)
     exported = torch.export.load("digits.pt2").module()
     for count in (1, 2, 40):
         pixels, addends = DIGITS.data[:count], torch.arange(count) % 10
         with torch.no_grad():
-            both = zip(exported(pixels, addends), predictor(pixels, addends), strict=True)
+            both = zip(exported(pixels, addends), network(pixels, addends), strict=True)
         for ours, theirs in both:
             torch.testing.assert_close(ours, theirs)
     digit, _ = exported(DIGITS.data, torch.zeros(40).long())
