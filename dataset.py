@@ -8,20 +8,23 @@ and a resumed run needs no saved generator state.
 import gzip
 import hashlib
 import http.client
+import itertools
 import os
 import socket
 import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from support import distributed
 from support.augment import affine_matrices, generator, warp
 from support.console import warn
-from support.constants import MEAN, NUM_DIGITS, STD
+from support.constants import MEAN, NUM_DIGITS, SIDE, STD
 from support.errors import UserError
 from support.files import lock_directory, write_atomic
 from support.synthetic import synthetic_mnist
@@ -33,6 +36,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+SYNTHETIC = "synthetic stand-in digits, NOT MNIST"
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 # Test images with a disputed label (Northcutt et al. 2021, arXiv 2103.14749).
 DISPUTED = {947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729}
@@ -67,36 +71,52 @@ class MNISTSum(Dataset):
         self.affine, self.mean, self.std, self.device = affine, mean, std, torch.device(device)
         self.set_epoch(1)
 
-    def set_epoch(self, epoch, augment=True):
+    def set_epoch(self, epoch, member=0, augment=True):
         """Draw the addends of an epoch, counted from 1, and its augmentation if `augment`.
 
-        Has no effect on the workers of a DataLoader with `persistent_workers=True`.
+        Each member of a committee has its own. Has no effect on the workers of a DataLoader with
+        `persistent_workers=True`.
         """
-        self.epoch = epoch
+        split = f"{self.split}-{member}" if member else self.split
+        self.key = self.seed, split, epoch
         # Drawn for all images, not only for `indices`, so that --val-size does not change them.
-        rng = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
+        rng = generator(self.seed, split, epoch if self.redraw_addends else "once", "addends")
         addends = torch.randint(NUM_DIGITS, (self.num_images,), generator=rng)
         self.addends = addends[self.indices].to(self.device)  # (n,)
         self.matrices = None
         if self.affine and augment:
-            rng = generator(self.seed, self.split, epoch, "affine")
-            matrices = affine_matrices(self.num_images, self.affine, rng)
+            matrices = affine_matrices(self.num_images, self.affine, generator(*self.key, "affine"))
             self.matrices = matrices[self.indices].to(self.device)  # (n, 2, 3)
 
     def order(self):
         """The shuffled order of the epoch: int64 (n,) on the device."""
-        rng = generator(self.seed, self.split, self.epoch, "order")
-        return torch.randperm(len(self), generator=rng).to(self.device)
+        return torch.randperm(len(self), generator=generator(*self.key, "order")).to(self.device)
 
-    def batches(self, batch_size, drop_last=False, rank=0, world_size=1):
-        """Yield for each batch its size and this rank's share of it, which may be empty."""
-        batches = self.order().split(batch_size)
-        for indices in batches[: self.num_batches(batch_size, drop_last)]:
-            yield len(indices), self.batch(indices[rank::world_size])
+    def batches(self, batch_size, drop_last=False):
+        """This process's share of each batch of the epoch, as a list of indices, int64 (B,).
 
-    def num_batches(self, batch_size, drop_last=False):
-        """Number of batches in an epoch."""
-        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        All processes get equal shares, so up to world_size - 1 images of the last batch are left
+        out. Raises UserError if they cannot get equal shares of a full batch.
+        """
+        rank, world_size = distributed.rank(), distributed.world_size()
+        if batch_size % world_size:
+            raise UserError(f"--batch-size {batch_size} is not a multiple of {world_size}", 2)
+        batches = list(self.order().split(batch_size))
+        if len(batches[-1]) < (batch_size if drop_last else world_size):
+            batches.pop()
+        return [
+            batch[: len(batch) - len(batch) % world_size][rank::world_size] for batch in batches
+        ]
+
+    def share(self):
+        """This process's images for evaluation: int64 (n,) on the device."""
+        return torch.arange(len(self), device=self.device)[
+            distributed.rank() :: distributed.world_size()
+        ]
+
+    def process_seed(self):
+        """A seed for what the network itself draws in the epoch; each process has its own."""
+        return generator(*self.key, "network", distributed.rank()).initial_seed()
 
     def normalized(self, indices, matrices=None):
         """The images as model input: float32 (B, 1, 28, 28)."""
@@ -141,89 +161,87 @@ class Source(NamedTuple):
 def load_data(name, data_dir):
     """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
 
-    Raises UserError if "mnist" is unavailable, or if one of its files is damaged.
+    Rank 0 decides for all processes. Raises UserError if "mnist" is unavailable, or damaged.
     """
     if name != "synthetic":
         try:
-            return Source("mnist", *load_mnist(Path(data_dir)), disputed=DISPUTED)
+            if not all(find_file(data_dir, file) for file in SHA256):
+                download(data_dir)
         except ConnectionError as error:
-            message = f"{error}; place {', '.join(SHA256)} in {raw_dir(data_dir)}"
-            message += f" and pass --data-dir {data_dir}"
+            message = f"{error}; place {', '.join(SHA256)} in {data_dir}"
             if name == "mnist":
                 raise UserError(message) from error
-            warn(f"warning: {message}; training on synthetic digits, NOT MNIST")
-    train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
-    return Source("synthetic", train, test, note="synthetic stand-in digits, NOT MNIST")
+            warn(f"warning: {message}\nand pass --data-dir {data_dir}\n{SYNTHETIC}")
+            name = "synthetic"
+    if distributed.from_rank_0(lambda: name) == "synthetic":
+        train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
+        return Source("synthetic", train, test, note=SYNTHETIC)
+    train, test = read_mnist(data_dir, "train"), read_mnist(data_dir, "t10k")
+    return Source("mnist", train, test, disputed=DISPUTED)
 
 
-def load_mnist(data_dir):
-    """torchvision's MNIST training and test set, downloaded first if a file is missing."""
-    try:
-        from torchvision.datasets import MNIST  # not at the top: importing it takes a second
-    except (ImportError, RuntimeError) as error:
-        message = f"torchvision does not work with torch {torch.__version__} ({error}); reinstall "
-        message += "both from one index: pip install --force-reinstall torch torchvision"
-        raise UserError(message) from error
-    try:
-        files = read_verified(data_dir)
-    except FileNotFoundError as error:
-        warn(f"{error.filename.removesuffix('.gz')} not found: downloading MNIST")
-        files = download(MNIST, data_dir)
-    # torchvision prefers old files in MNIST/processed, does not check unpacked ones, and crashes on
-    # truncated ones: it is given a directory with nothing but verified files.
-    with TemporaryDirectory() as verified:
-        raw_dir(verified).mkdir(parents=True)
-        for name, content in files.items():
-            (raw_dir(verified) / name).write_bytes(content)
-        return MNIST(verified, train=True), MNIST(verified, train=False)
+def find_file(data_dir, name):
+    """The path of an unpacked or packed file of MNIST in torchvision's layout, or a flatter one."""
+    names = [name, f"{name}.gz"]
+    names += [packed.replace("-idx", ".idx") for packed in names]  # as on Yann LeCun's page
+    for path in itertools.product(
+        (raw_dir(data_dir), Path(data_dir, "raw"), Path(data_dir)), names
+    ):
+        if os.path.lexists(Path(*path)):
+            return Path(*path)
+    return None
 
 
 def raw_dir(data_dir):
     return Path(data_dir, "MNIST", "raw")
 
 
-def read_verified(data_dir):
-    """The contents of the four files by name, each unpacked or .gz. UserError if one is damaged."""
-    files = {}
-    for name, digest in SHA256.items():
-        path = raw_dir(data_dir) / name
-        path = path if os.path.lexists(path) else path.with_name(f"{name}.gz")
-        try:
-            content = path.read_bytes()
-            files[name] = gzip.decompress(content) if path.suffix == ".gz" else content
-        except FileNotFoundError:
-            raise
-        except (gzip.BadGzipFile, EOFError, zlib.error):
-            files[name] = b""
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror})") from error
-        if hashlib.sha256(files[name]).hexdigest() != digest:
-            raise UserError(f"{path} is damaged (wrong SHA-256); delete it to download it again")
-    return files
+def read_mnist(data_dir, prefix):
+    """A set of MNIST, with `data` and `targets` as in torchvision's MNIST."""
+    images = read_verified(data_dir, f"{prefix}-images-idx3-ubyte")
+    labels = read_verified(data_dir, f"{prefix}-labels-idx1-ubyte")
+    data = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, SIDE, SIDE)
+    return SimpleNamespace(
+        data=data, targets=torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
+    )
 
 
-def download(mnist, data_dir):
-    """Download MNIST with torchvision; returns the same as `read_verified`.
+def read_verified(data_dir, name):
+    """The unpacked content of a file. Raises UserError if it is missing or damaged."""
+    path, content = find_file(data_dir, name), b""
+    if path is None:
+        raise UserError(f"{raw_dir(data_dir) / name} is missing")
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        pass
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        raise UserError(f"{path} is damaged (wrong SHA-256); delete it to download it again")
+    return bytearray(content)  # torch.frombuffer warns of bytes, which are read-only
 
-    Raises ConnectionError if it fails, and then creates no file.
-    """
-    parents = data_dir.absolute().parents  # none if it is the root
-    existing = next((path for path in parents if path.is_dir()), data_dir)
+
+def download(data_dir):
+    """Download MNIST with torchvision. Raises ConnectionError if it fails; then there is no file."""
+    from torchvision.datasets import MNIST  # not at the top: importing it takes a second
+
+    raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
     # One process downloads while the others wait.
-    with lock_directory(existing, wait=True), TemporaryDirectory() as temporary:
-        if all((raw_dir(data_dir) / name).exists() for name in SHA256):
-            return read_verified(data_dir)
+    with lock_directory(raw_dir(data_dir), wait=True), TemporaryDirectory() as temporary:
+        if all(find_file(data_dir, name) for name in SHA256):
+            return
+        warn(f"downloading MNIST to {data_dir}")
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
         try:
-            mnist(temporary, download=True)
-            files = read_verified(temporary)
+            MNIST(temporary, download=True)
+            files = {name: read_verified(temporary, name) for name in SHA256}
         except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from error
         finally:
             socket.setdefaulttimeout(timeout)
-        raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomic(raw_dir(data_dir) / name, content)
-        return files

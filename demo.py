@@ -20,10 +20,10 @@ from socketserver import ThreadingTCPServer
 
 from inference.handwriting import prepare, read_picture
 from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
-from support.args import Parser, number
-from support.console import exit_status, log
+from support.checkpoint import latest_runs
+from support.cli import Parser, exit_status, number
+from support.console import log
 from support.errors import UserError
-from support.rundir import latest_runs
 
 ROOT = Path(__file__).parent
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}

@@ -22,6 +22,11 @@ class TwoHeadedNet(nn.Module):
         self.encoder = encoder
         self.head = head
 
+    @property
+    def members(self):
+        """The networks that are trained: this one. See Committee."""
+        return [self]
+
     def classify(self, features, addend):
         """Map features (B, F) and one-hot addends (B, 10) to log-probabilities (B, 10), (B, 19).
 
@@ -31,12 +36,44 @@ class TwoHeadedNet(nn.Module):
             digit_logits, sum_logits = self.head(features.float(), addend)
             return F.log_softmax(digit_logits, dim=1), F.log_softmax(sum_logits, dim=1)
 
+    def classify_all(self, features):
+        """`classify` with each of the ten addends: (B, 10 addends, 10), (B, 10 addends, 19)."""
+        addends = torch.eye(NUM_DIGITS, device=features.device).repeat(len(features), 1)
+        outputs = self.classify(features.repeat_interleave(NUM_DIGITS, dim=0), addends)
+        return [log_probs.unflatten(0, (-1, NUM_DIGITS)) for log_probs in outputs]
+
     def forward(self, image, addend):
         return self.classify(self.encoder(image), addend)
 
 
-def build_model(encoder, head):
-    """Build a TwoHeadedNet from an encoder function and a head class, as a recipe names them."""
+class Committee(TwoHeadedNet):
+    """Networks that are trained separately; their mean log-probabilities, normalized, are used."""
+
+    def __init__(self, members):
+        nn.Module.__init__(self)
+        self.networks = nn.ModuleList(members)
+
+    @property
+    def members(self):
+        return self.networks
+
+    def encoder(self, image):
+        """The features of all members, one after the other: (B, M F)."""
+        return torch.cat([member.encoder(image) for member in self.members], dim=1)
+
+    def classify(self, features, addend):
+        parts = zip(self.members, features.chunk(len(self.members), dim=1), strict=True)
+        outputs = zip(*(member.classify(part, addend) for member, part in parts), strict=True)
+        return tuple(F.log_softmax(torch.stack(one).mean(dim=0), dim=1) for one in outputs)
+
+
+def build_model(encoder, head, members=1):
+    """Build the network of a recipe from its encoder function and its head class.
+
+    With several members, each has its own weights.
+    """
+    if members > 1:
+        return Committee([build_model(encoder, head) for _ in range(members)])
     layers = encoder().eval()
     with torch.no_grad():
         num_features = layers(torch.zeros(1, 1, SIDE, SIDE)).shape[1]

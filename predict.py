@@ -13,8 +13,8 @@ from pathlib import Path
 from inference.export import FORMATS, export
 from inference.handwriting import NO_INK, prepare, read_picture, upright
 from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
-from support.args import Parser
-from support.console import exit_status, log, warn
+from support.cli import Parser, exit_status
+from support.console import log, warn
 from support.errors import UserError
 from support.files import write_atomic
 

@@ -12,6 +12,7 @@ from model import LowRankProduct, OuterProduct, compact, small, tiny
 from published import models as published
 from support.augment import Affine
 from support.constants import MEAN, STD
+from support.errors import UserError
 
 
 def constant(step, total_steps):
@@ -55,6 +56,7 @@ class Recipe:
     addends: str = "each-epoch"  # when they are drawn: "each-epoch" or "once"
     drop_last: bool = False  # skip the last batch of an epoch if it is not full
     val_size: int = 0  # training images held out for validation
+    members: int = 1  # number of networks: several are a committee
 
     def as_plain(self):
         """The row in JSON types, with functions and classes as their names."""
@@ -115,11 +117,14 @@ RECIPES = {
 # fmt: on
 
 
-def recipe_from_args(args):
-    """The row that `--recipe` names, with the columns that other flags replace."""
-    columns = {column.name for column in dataclasses.fields(Recipe)}
-    given = {k: v for k, v in vars(args).items() if k in columns and v is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **given)
+def recipe_from_args(args, recipes=RECIPES):
+    """The recipe that `--recipe` names, with the settings that other flags replace."""
+    if args.recipe not in recipes:
+        names = ", ".join(recipes)
+        raise UserError(f"no recipe {args.recipe!r}; choose from {names}", status=2)
+    settings = {setting.name for setting in dataclasses.fields(Recipe)}
+    given = {k: v for k, v in vars(args).items() if k in settings and v is not None}
+    recipe = dataclasses.replace(recipes[args.recipe], **given)
     if args.dry_run:
         recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, 2))
     return recipe

@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import build_model
+from support.checkpoint import RUNS
 from support.constants import NUM_DIGITS, SIDE
 from support.device import cpu_capabilities
 from support.files import write_atomic
-from support.rundir import RUNS
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = RUNS / "benchmarks"

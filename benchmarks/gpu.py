@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
+from tqdm import tqdm
 
 import train
 from benchmarks import speed
@@ -23,11 +24,9 @@ from benchmarks.common import BENCHMARKS, multiply_adds, provenance, save_json, 
 from dataset import MNISTSum, load_data
 from model import build_model
 from recipes import RECIPES, recipe_from_args
-from support.args import Parser, number, train_parser
-from support.console import exit_status, progress_bar
-from support.device import move_model, pick_device, pick_precision
-from support.rundir import LAST, load_checkpoint
-from support.signals import NEVER
+from support.checkpoint import LAST, load_checkpoint
+from support.cli import Parser, exit_status, number, parse_train_args
+from support.device import move_model, pick_device
 
 NAMES = ("default", "fast", "tiny", "concat-mlp")
 
@@ -45,15 +44,15 @@ def measure_steps(recipe, images, device, precision, steps):
     part = torch.arange(min(steps * recipe.batch_size, len(images.data)))
     options = {"affine": recipe.affine, "mean": recipe.mean, "std": recipe.std}
     dataset = MNISTSum(images, "train", part, device=device, **options)
-    steps = dataset.num_batches(recipe.batch_size, recipe.drop_last)
+    steps = len(dataset.batches(recipe.batch_size, recipe.drop_last))
     model = move_model(build_model(recipe.encoder, recipe.head), device)
     optimizer = train.make_optimizer(model, recipe)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, precision == "bf16")
 
     def epoch():  # ends with a copy to the CPU, which waits for the GPU
         clock = time.perf_counter()
-        bar = progress_bar(steps, "", quiet=True)
-        train.train_epoch(model, optimizer, dataset, recipe, autocast, NEVER, bar)
+        bar = tqdm(disable=True)
+        train.train_epoch(model, optimizer, dataset, recipe, 1, autocast, bar)
         return time.perf_counter() - clock
 
     warmup_seconds, step_seconds = epoch(), epoch() / steps
@@ -84,7 +83,7 @@ def measure_deterministic(name, flags):
 
 def measure(name, args, device, precision, source, product_flops):
     """All measurements of a recipe, as a dict."""
-    recipe = recipe_from_args(train_parser("", RECIPES).parse_args(["--recipe", name, *args.flags]))
+    recipe = recipe_from_args(parse_train_args(["--recipe", name, *args.flags]))
     run = speed.train(name, args.flags)
     steps = measure_steps(recipe, source.train, device, precision, args.steps)
     images_per_second = recipe.batch_size / steps["step_seconds"]
@@ -130,16 +129,15 @@ def parse_args(argv):
 @exit_status
 def main(argv):
     args = parse_args(argv)
-    given = train_parser("", RECIPES).parse_args(args.flags)
-    device, _ = pick_device(given.device)
-    precision = pick_precision(given.precision, device)
+    given = parse_train_args(args.flags)
+    device, _ = pick_device(given)
     source = load_data(given.dataset, given.data_dir)
     product_flops = speed.product_rate(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    results = provenance("gpu", argv) | {"gpu": name, "precision": precision}
+    results = provenance("gpu", argv) | {"gpu": name, "precision": given.precision}
     results |= {"product_flops": product_flops, "rows": {}}
     for recipe in args.recipes:
-        row = measure(recipe, args, device, precision, source, product_flops)
+        row = measure(recipe, args, device, given.precision, source, product_flops)
         results["rows"][recipe] = row
         print(report(recipe, row), flush=True)
     save_json(args.output, results)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ImageOps
+from tqdm import tqdm
 
 from benchmarks.common import BENCHMARKS, provenance, save_json
 from benchmarks.drawings import DRAWINGS, as_picture, drawing, letterboxed, on_desk
@@ -17,8 +18,7 @@ from benchmarks.simulation import DAMAGES, add_noise, photograph
 from dataset import load_data
 from inference.handwriting import Prepared, prepare
 from inference.predictor import Predictor, load_model, make_record, predict
-from support.args import Parser, number
-from support.console import exit_status, progress_bar
+from support.cli import Parser, exit_status, number
 from support.constants import SIDE
 
 KINDS = (*DAMAGES, "letterbox", "desk", *DRAWINGS)
@@ -98,11 +98,9 @@ def main(argv):
     predictor = Predictor(model, checkpoint["recipe"])
     test = load_data("mnist", args.data_dir).test
     counts = {}
-    with progress_bar(len(KINDS), "photographs", quiet=False) as progress:
-        for index, kind in enumerate(KINDS):
-            rng = np.random.default_rng([args.seed, index])
-            counts[kind] = evaluate(predictor, test, kind, args.count, rng)
-            progress.update()
+    for index, kind in enumerate(tqdm(KINDS, "photographs", leave=False, disable=None)):
+        rng = np.random.default_rng([args.seed, index])
+        counts[kind] = evaluate(predictor, test, kind, args.count, rng)
     results = {"count": args.count, "seed": args.seed, "counts": counts}
     print(table(results))
     save_json(args.output, provenance("photographs", argv) | results)

@@ -15,8 +15,7 @@ from benchmarks.common import ROOT, training_flops
 from model import build_model, count_parameters
 from recipes import RECIPES
 from support import plots
-from support.args import Parser
-from support.console import exit_status
+from support.cli import Parser, exit_status
 from support.errors import UserError
 from support.files import write_atomic
 

@@ -39,12 +39,11 @@ from dataset import load_data
 from model import build_model
 from recipes import RECIPES, recipe_from_args
 from support import plots
-from support.args import Parser, number, train_parser
 from support.augment import Affine
-from support.console import exit_status
-from support.device import pick_device, pick_precision
+from support.checkpoint import LAST
+from support.cli import Parser, exit_status, number, parse_train_args
+from support.device import pick_device
 from support.errors import UserError
-from support.rundir import LAST
 
 # The program's modules, as far as they are imported here: what the result of a run depends on.
 FILES = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
@@ -100,12 +99,11 @@ def parse_value(recipe, column, text):
 
 def conditions(flags):
     """What the results of training with some flags depend on, besides the code and the recipe."""
-    args = train_parser("", RECIPES).parse_args(flags)
+    args = parse_train_args(flags)
     dataset = load_data(args.dataset, args.data_dir).name
-    device, _ = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
+    device, _ = pick_device(args)  # stores the precision
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return flags, dataset, str(device), gpu, precision, torch.__version__, machine()
+    return flags, dataset, str(device), gpu, args.precision, torch.__version__, machine()
 
 
 def work_directory(recipe, conditions):
@@ -209,7 +207,7 @@ def parse_args(argv):
     flag("--output", type=Path, metavar="FILE", help=text)
     flag("flags", nargs="*", type=train_flag, help="flags of train.py, after --")
     args = parser.parse_args(argv)
-    given = train_parser("", RECIPES).parse_args(["--recipe", args.recipe, *args.flags])
+    given = parse_train_args(["--recipe", args.recipe, *args.flags])
     recipe = recipe_from_args(given)
     rows = {args.recipe: recipe}
     rows |= {" ".join(changes): vary(recipe, changes) for changes in args.vary}

@@ -35,8 +35,7 @@ from benchmarks.common import (
     train_flag,
 )
 from recipes import RECIPES
-from support.args import Parser, number, train_parser
-from support.console import exit_status
+from support.cli import Parser, exit_status, number, parse_train_args
 from support.device import pick_device
 from support.errors import UserError
 
@@ -160,7 +159,7 @@ def accuracy(args):
 
 def limit(args):
     """FLOP/s of training, relative to those of matrix products."""
-    device, _ = pick_device(train_args(args).device)
+    device, _ = pick_device(train_args(args))
     run = train(args.recipe, [*EPOCHS, *args.flags])
     images = (TRAIN_IMAGES - run.recipe["val_size"]) / statistics.median(run.epoch_seconds)
     flops = 6 * multiply_adds(RECIPES[args.recipe]) * images  # backward: two forward passes
@@ -238,7 +237,7 @@ def processes(args):
 
 def train_args(args):
     """The flags of train.py after --, parsed."""
-    return train_parser("", RECIPES).parse_args(args.flags)
+    return parse_train_args(args.flags)
 
 
 def parse_args(argv):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from inference.handwriting import NO_INK
 from model import build_model
 from recipes import RECIPES
+from support.checkpoint import load_checkpoint, restore
 from support.constants import NUM_DIGITS
 from support.errors import UserError
-from support.rundir import load_checkpoint, restore
 
 BATCH = 256  # images
 UNSURE = 0.65  # warn if the digit is less probable than this

@@ -1,0 +1,16 @@
+"""What a training run needs besides the experiment itself.
+
+Imported before torch, it sets the environment variables that libraries read when they start.
+"""
+
+import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (pip does not check it for a script)
+    sys.exit("error: Python 3.11 or newer is needed")
+
+# By default the threads of libgomp, PyTorch's OpenMP library on Linux, wait for work in a busy
+# loop: if other programs need the cores too, training takes four to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
+os.environ["MPLBACKEND"] = "agg"  # notebooks set one that other environments do not have

@@ -1,9 +1,20 @@
-"""The exception for errors that the user can fix."""
+"""The exceptions that end the program with a line and an exit status."""
 
 
 class UserError(Exception):
-    """Ends the program with a one-line message and a status. All ranks raise it if `shared`."""
+    """An error that the user can fix."""
 
-    def __init__(self, message, status=1, shared=False):
+    def __init__(self, message, status=1):
         super().__init__(message)
-        self.status, self.shared = status, shared
+        self.status = status
+
+
+class DivergedError(UserError):
+    """A loss is NaN or infinite. Training is deterministic: resuming would end the same way."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal other than SIGINT, for which Python itself raises KeyboardInterrupt."""
+
+    def __init__(self, signum):
+        self.signum = signum

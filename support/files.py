@@ -1,8 +1,10 @@
 """Atomic writes, and a lock on a directory."""
 
+import errno
 import os
 from contextlib import contextmanager, suppress
 
+from support.console import warn
 from support.errors import UserError
 
 try:
@@ -13,7 +15,10 @@ except ImportError:  # Windows, which cannot lock directories
 
 @contextmanager
 def lock_directory(path, wait):
-    """Hold a lock on a directory, without a lock file; if it is held, wait or raise UserError."""
+    """Hold a lock on a directory, without a lock file; if it is held, wait or raise UserError.
+
+    Where directories cannot be locked, as on some network drives, warns and goes on.
+    """
     if fcntl is None:
         yield
         return
@@ -23,6 +28,8 @@ def lock_directory(path, wait):
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"another process is using {path}") from error
+        except OSError as error:
+            warn(f"warning: {path} cannot be locked ({error.strerror}): use it for one run only")
         yield
     finally:
         os.close(handle)
@@ -35,7 +42,11 @@ def write_atomic(path, content):
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # this file system has no fsync
+                    raise
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

@@ -1,14 +1,20 @@
 """Losses and accuracies of both outputs, and the lines that report them."""
 
-import math
+import time
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from support import distributed
 from support.constants import NUM_DIGITS, NUM_SUMS
-from support.errors import UserError
 
 CURVE_POINTS = 20  # of the training loss, per epoch
+CLASSES = {"digit": NUM_DIGITS, "sum": NUM_SUMS}
+# Loss: without label smoothing. Objective: what training minimizes, less its minimum.
+TRAIN_METRICS = [
+    f"{output}_{name}" for name in ("loss", "objective", "accuracy") for output in CLASSES
+]
 
 
 class Predictions(NamedTuple):
@@ -17,6 +23,16 @@ class Predictions(NamedTuple):
     digit_log_probs: torch.Tensor  # float32 (N, 10 addends, 10)
     sum_log_probs: torch.Tensor  # float32 (N, 10 addends, 19)
     digits: torch.Tensor  # int64 (N,), the labels
+    seconds: float = 0.0  # how long it took to make them
+
+    @classmethod
+    def merged(cls, outputs, digits, start_time):
+        """From the (B, 10, 10) and (B, 10, 19) of each batch of each process; equal on all ranks."""
+        merged = [
+            distributed.merge_rows(torch.cat(parts), len(digits)).cpu()
+            for parts in zip(*outputs, strict=True)
+        ]
+        return cls(*merged, digits.cpu(), time.perf_counter() - start_time)
 
     def targets(self):
         """True digits and sums of all (image, addend) pairs: int64 (N, 10) each."""
@@ -32,13 +48,23 @@ class Predictions(NamedTuple):
         probability, digit = self.digit_log_probs.exp().mean(dim=1).max(dim=1)
         return digit, probability
 
-    def metrics(self):
-        """Metrics over all pairs. Consistent: the predicted sum is the predicted digit + addend."""
+    def metrics(self, label_smoothing=0.0):
+        """Metrics over all pairs. Consistent: the predicted sum is the predicted digit + addend.
+
+        Objective: the loss with label smoothing, less its minimum. Zero for a perfect network.
+        """
         (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
+
+        def objective(log_probs, target):
+            loss = F.cross_entropy(log_probs.mT.double(), target, label_smoothing=label_smoothing)
+            return loss - lowest_loss(label_smoothing, log_probs.shape[2])
+
         correct_digit, correct_sum = predicted_digit == digit, predicted_sum == total
         values = {
             "digit_loss": -self.digit_log_probs.gather(2, digit[:, :, None]),
             "sum_loss": -self.sum_log_probs.gather(2, total[:, :, None]),
+            "digit_objective": objective(self.digit_log_probs, digit),
+            "sum_objective": objective(self.sum_log_probs, total),
             "digit_accuracy": correct_digit,
             "sum_accuracy": correct_sum,
             "both_accuracy": correct_digit & correct_sum,
@@ -53,6 +79,12 @@ class Predictions(NamedTuple):
         cells = (digits, NUM_DIGITS), (sums.flatten(), NUM_SUMS)  # true class x classes + predicted
         return [cell.bincount(minlength=n * n).view(n, n) for cell, n in cells]
 
+    def addition(self):
+        """Share of each predicted sum, by true digit and addend: (10, 10, 19); NaN without images."""
+        sums = F.one_hot(self.predicted()[1], NUM_SUMS).double()  # (N, 10, 19)
+        counts = sums.new_zeros(NUM_DIGITS, *sums.shape[1:]).index_add(0, self.digits, sums)
+        return counts / counts.sum(dim=2, keepdim=True)
+
     def most_confident_errors(self, count):
         """Indices, predicted digits and probabilities of misread images, most confident first."""
         digit, probability = self.image_digits()
@@ -60,37 +92,95 @@ class Predictions(NamedTuple):
         wrong = wrong[probability[wrong].argsort(descending=True, stable=True)][:count]
         return wrong, digit[wrong], probability[wrong]
 
+    def mistakes(self, disputed):
+        """The misread images, most confident first: lists with the values of MISTAKE_COLUMNS.
 
-def epoch_metrics(step_results, epoch):
-    """Means of an epoch, and points of its loss curve: (epochs trained, digit loss, sum loss).
+        disputed: the set of indices of images with a disputed label.
+        """
+        predicted, probability = self.image_digits()
+        wrong = (predicted != self.digits).nonzero().flatten()
+        wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
+        columns = [values[wrong].tolist() for values in (self.digits, predicted, probability)]
+        return [[*row, row[0] in disputed] for row in zip(wrong.tolist(), *columns, strict=True)]
 
-    step_results: float64 (S, 5), from `train_epoch`.
+    def sum_mistakes(self):
+        """Pairs with a wrong sum of a correct digit, most confident first; one for each image.
+
+        Returns their images, addends and probabilities, and the number of all such pairs.
+        """
+        (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
+        wrong = (predicted_digit == digit) & (predicted_sum != total)
+        probability, addend = (self.sum_log_probs.amax(dim=2).exp() * wrong).max(dim=1)
+        image = probability.argsort(descending=True, stable=True)[: wrong.any(dim=1).sum()]
+        return image, addend[image], probability[image], int(wrong.sum())
+
+
+def lowest_loss(label_smoothing, classes):
+    """The minimum of the loss with label smoothing, in nats: the entropy of its target."""
+    target = torch.full((classes,), label_smoothing / classes, dtype=torch.float64)
+    target[0] += 1 - label_smoothing
+    return torch.special.entr(target).sum().item()
+
+
+class StepMetrics:
+    """Losses and correct predictions of the training steps of an epoch, on the device.
+
+    They are copied once, at the end: reading them at each step would stall a GPU.
     """
 
-    def mean_losses(part):  # over images, not over batches, since the last batch may be smaller
-        images = part[:, 4]
-        return (images @ part[:, :2] / images.sum()).tolist()
+    def __init__(self):
+        self.rows = []
 
-    correct_digits, correct_sums, images = step_results[:, 2:].sum(dim=0).tolist()
-    metrics = dict(zip(("digit_loss", "sum_loss"), mean_losses(step_results), strict=True))
-    metrics |= {"digit_accuracy": correct_digits / images, "sum_accuracy": correct_sums / images}
+    @torch.no_grad()
+    def add(self, digit_log_probs, digit, digit_objective, sum_log_probs, total, sum_objective):
+        """Add a step: outputs (B, 10) and (B, 19), their targets (B,), and what is minimized."""
+        self.rows.append(
+            torch.stack(
+                [
+                    F.nll_loss(digit_log_probs, digit),
+                    F.nll_loss(sum_log_probs, total),
+                    digit_objective.detach(),
+                    sum_objective.detach(),
+                    (digit_log_probs.argmax(dim=1) == digit).float().mean(),
+                    (sum_log_probs.argmax(dim=1) == total).float().mean(),
+                    torch.ones_like(digit_objective),
+                ]
+            )
+            * len(digit)
+        )
+
+    def sums(self):
+        """The sums over the images of each step: float64 (S, 7), in the order of TRAIN_METRICS.
+
+        The last column is the number of images.
+        """
+        return distributed.all_reduce_sum(torch.stack(self.rows)).cpu().double()
+
+
+def epoch_metrics(steps, epoch, label_smoothing):
+    """Means of an epoch, and points of its loss curve: (epochs trained, digit, sum).
+
+    steps: float64 (S, 7), from `StepMetrics`. The curve is that of the training objective.
+    """
+
+    def means(part):  # over images, not over batches, since the last batch may be smaller
+        values = (part[:, :-1].sum(dim=0) / part[:, -1].sum()).tolist()
+        row = dict(zip(TRAIN_METRICS, values, strict=True))
+        for output, classes in CLASSES.items():
+            row[f"{output}_objective"] -= lowest_loss(label_smoothing, classes)
+        return row
+
     curve, done = [], 0
-    for part in step_results.tensor_split(min(CURVE_POINTS, len(step_results))):
+    for part in steps.tensor_split(min(CURVE_POINTS, len(steps))):
         done += len(part)
-        curve.append((epoch - 1 + done / len(step_results), *mean_losses(part)))
-    return metrics, curve
+        row = means(part)
+        curve.append((epoch - 1 + done / len(steps), row["digit_objective"], row["sum_objective"]))
+    return means(steps), curve
 
 
-def epoch_row(epoch, lr, train_metrics, predictions, seconds):
-    """A row of metrics.csv, from dicts by split. Raises UserError if a loss is NaN or infinite."""
-    metrics = {"train": train_metrics} | {s: part.metrics() for s, part in predictions.items()}
-    row = {"epoch": epoch, "lr": lr}
-    for split, values in metrics.items():
-        row |= {f"{split}_{k}": v for k, v in values.items() if k != "consistency"}
-    if not all(map(math.isfinite, row.values())):
-        message = f"the loss of epoch {epoch} is NaN or infinite; try a smaller --lr"
-        raise UserError(message, shared=True)
-    return row | {f"{split}_seconds": round(value, 3) for split, value in seconds.items()}
+def columns(metrics):
+    """Dicts of metrics by split as one dict, with names such as `test_digit_accuracy`."""
+    return {f"{split}_{name}": v for split, part in metrics.items() for name, v in part.items()}
 
 
 def epoch_line(row, epochs):
@@ -98,20 +188,14 @@ def epoch_line(row, epochs):
     splits = [split for split in ("train", "val", "test") if f"{split}_seconds" in row]
     text = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss digit/sum"
     for split in splits:
-        text += f" {split} {row[f'{split}_digit_loss']:.4f}/{row[f'{split}_sum_loss']:.4f}"
+        text += (
+            f" {split} {row[f'{split}_digit_objective']:.4f}/{row[f'{split}_sum_objective']:.4f}"
+        )
     for split in splits[1:]:
         text += f"  {split}"
         for name in ("digit", "sum", "both"):
             text += f" {name} {100 * row[f'{split}_{name}_accuracy']:.2f} %"
     return f"{text}  {row['train_seconds']:.1f} s"
-
-
-def run_title(info, row):
-    """A line on a run for its plots: recipe, seed, epoch, accuracies, and a warning if any."""
-    digit, total = (100 * row[f"test_{output}_accuracy"] for output in ("digit", "sum"))
-    text = f"{info['recipe']}, seed {info['seed']}, epoch {row['epoch']} of {info['epochs']}: "
-    text += f"{digit:.2f} % digit, {total:.2f} % sum"
-    return f"{text} ({info['note']})" if info["note"] else text
 
 
 def result_line(split, metrics, note, train_seconds=None):

@@ -178,7 +178,7 @@ def fixed_times(monkeypatch):
     """Runs that take 2 s and 1 ms per image; two processes take half as long."""
 
     def train(recipe, flags, processes=1):
-        args = speed.train_parser("", RECIPES).parse_args(flags)
+        args = speed.train_parser().parse_args(flags)
         row = RECIPES[recipe].as_plain() | {"val_size": args.val_size or 0}
         seconds = [(2 + 1e-3 * (60_000 - row["val_size"])) / processes] * (args.epochs or 1)
         test = {"digit_accuracy": 0.992 + 0.002 * args.seed, "sum_accuracy": 0.991}

@@ -32,7 +32,7 @@ import train
 from model import OuterProduct, build_model, compact
 from recipes import RECIPES
 from support import files, signals
-from support.rundir import LAST, RunDir, load_checkpoint
+from support.checkpoint import LAST, RunDir, load_checkpoint
 
 resource = pytest.importorskip("resource", reason="this system has no resource limits")
 

@@ -15,7 +15,6 @@ from model import build_model
 from recipes import RECIPES
 from support import rundir
 from support.device import move_model, pick_device
-from support.signals import NEVER
 from support.synthetic import synthetic_mnist
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

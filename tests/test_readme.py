@@ -17,7 +17,7 @@ import recipes
 import train
 from benchmarks import gpu, photographs, published_systems, seeds, speed
 from recipes import RECIPES
-from support.args import Parser, train_parser
+from support.cli import Parser, train_parser
 
 DOCS = {
     name: (ROOT / name).read_text()
@@ -27,7 +27,7 @@ SEARCH = (ROOT / "results" / "search.md").read_text()
 README = DOCS["README.md"]
 BLOCKS = re.findall(r"```\w*\n(.*?)```", "".join(DOCS.values()), re.DOTALL)
 PARSERS = {
-    "train.py": train_parser("", RECIPES).parse_args,
+    "train.py": train_parser().parse_args,
     "predict.py": predict.parse_args,
     "demo.py": demo.parse_args,
     "benchmarks.seeds": seeds.parse_args,

@@ -28,7 +28,7 @@ from inference.predictor import load_model
 from recipes import RECIPES
 from support import device, plots, rundir
 from support.augment import Affine
-from support.console import exit_status
+from support.cli import exit_status
 from support.synthetic import synthetic_mnist
 
 FAST = ["--recipe", "fast", "--batch-size", 100, "--device", "cpu"]

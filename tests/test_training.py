@@ -17,7 +17,6 @@ from published.models import ConcatMLP
 from recipes import RECIPES, Recipe, constant
 from support import rundir
 from support.errors import UserError
-from support.signals import NEVER
 from support.synthetic import synthetic_mnist
 
 PROGRESS = SimpleNamespace(update=lambda: None, disable=True)

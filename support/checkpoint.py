@@ -1,0 +1,142 @@
+"""Checkpoints: finding, loading and validating them."""
+
+import copy
+import io
+import itertools
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from support.cli import TRANSIENT, train_parser
+from support.console import warn
+from support.errors import UserError
+
+RUNS = Path("runs")
+LAST = "last.pt"
+CONTENT = {"flags": dict, "recipe": dict, "history": list, "curve": list, "seconds": float}
+CONTENT |= {"network": dict, "optimizer": dict}
+
+
+def latest_runs():
+    """Path and last checkpoint of each run in RUNS, the most recent first, without dry runs."""
+    for path in sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as error:
+            warn(f"warning: {error}; skipped")
+            continue
+        if not checkpoint["flags"]["dry_run"]:
+            yield path, checkpoint
+
+
+def find_checkpoint(path):
+    """The path of the checkpoint in a run directory, or of the checkpoint file itself."""
+    found = Path(path, LAST) if os.path.isdir(path) else Path(path)
+    if not os.path.exists(found):  # unlike Path.exists, accepts names that are too long
+        raise UserError(f"no checkpoint at {found}")
+    return found
+
+
+def checkpoint_to_resume(args):
+    """The path of the checkpoint that --resume names, by default of the latest unfinished run.
+
+    With --eval-only, or with --epochs beyond what it has, a finished run counts too.
+    """
+    if args.resume:
+        path = find_checkpoint(args.resume)
+        if path.name != LAST and not args.eval_only:
+            raise UserError(f"only a {LAST} can be resumed; {path} can be given to --eval-only", 2)
+        return path
+    for path, checkpoint in latest_runs():
+        left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
+        if args.eval_only or left > 0:
+            return path
+    raise UserError(f"no {'' if args.eval_only else 'unfinished '}run in {RUNS}; give a run")
+
+
+def load_checkpoint(path):
+    """Load a checkpoint, or that of a run directory, on the CPU; UserError if it is not usable."""
+    path = find_checkpoint(path)
+    try:
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if archive.testzip():  # torch.load accepts damaged tensors
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except Exception as error:  # for a damaged archive, zipfile and torch raise many types
+        raise UserError(f"cannot read {path} (damaged or not a checkpoint)") from error
+    if not is_valid(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this version of the program")
+    return checkpoint
+
+
+def is_valid(checkpoint):
+    """Whether a checkpoint has the content that the program relies on, apart from the tensors."""
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(name), kind) for name, kind in CONTENT.items()
+    ):
+        return False
+    history, curve = checkpoint["history"], checkpoint["curve"]
+    rows = [list(row.values()) if isinstance(row, dict) else [None] for row in history]
+    numbers = [checkpoint["seconds"], *itertools.chain(*rows, *curve)]
+    return (
+        all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers)
+        and len({tuple(row) for row in history}) == 1  # the same columns, at least one row
+        and {"test_digit_objective", "train_seconds"} <= history[0].keys()
+        and [row["epoch"] for row in history] == list(range(1, len(history) + 1))
+        and all(len(point) == 3 for point in curve)
+        and isinstance(checkpoint["recipe"].get("epochs"), int)
+        and are_valid_flags(checkpoint["flags"])
+    )
+
+
+def are_valid_flags(flags):
+    """Whether these are flags of train.py with valid values: the parser decides."""
+    parser = train_parser()
+    line = []
+    for name, value in flags.items():
+        if value not in (None, False):
+            flag = f"--{name}".replace("_", "-")
+            line.append(flag if value is True else f"{flag}={value}")
+    try:
+        parsed = {k: v for k, v in vars(parser.parse_args(line)).items() if k not in TRANSIENT}
+    except UserError:
+        return False
+    return parsed == flags
+
+
+def restore(checkpoint, model, optimizer=None):
+    """Load a checkpoint into a model and its optimizer. Raises UserError if they don't fit."""
+    try:
+        model.load_state_dict(checkpoint["network"])
+        if optimizer:
+            # Fused optimizers do not check their state: they crash if it has other shapes.
+            if layout(checkpoint["optimizer"]) != layout(state_after_a_step(optimizer)):
+                raise ValueError
+            optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError("the checkpoint is of a different network or optimizer") from error
+
+
+def state_after_a_step(optimizer):
+    """The state_dict of such an optimizer after a step; the optimizer is not changed."""
+    optimizer = copy.deepcopy(optimizer)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def layout(state):
+    """The state of an optimizer with shapes instead of tensors, and without learning rates."""
+    groups = [{**group, "lr": None} for group in state["param_groups"]]
+    states = {
+        index: {name: getattr(value, "shape", None) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return groups, states

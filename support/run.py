@@ -1,0 +1,319 @@
+"""The bookkeeping of a run: its directory, history, checkpoints, printed lines and plots.
+
+A run directory is never overwritten, and every file in it is complete at any time.
+"""
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support import checkpoint as checkpoints
+from support import distributed, metrics, plots
+from support.checkpoint import LAST, RUNS
+from support.cli import TRANSIENT, parse_train_args
+from support.console import log, printable, warn
+from support.errors import DivergedError, Interrupted, UserError
+from support.files import lock_directory, write_atomic
+
+BEST, LOG = "best.pt", "log.txt"
+PLOTS = ("loss.png", "accuracy.png", "confusion_matrix.png", "predictions.png", "mistakes.png")
+RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", *PLOTS)
+
+
+def start(argv, description):
+    """Connect the processes and parse the flags; returns these and the checkpoint to resume.
+
+    On resume, flags that are not given are those of the run.
+    """
+    args = parse_train_args(argv, description)
+    distributed.connect()
+    if args.resume is None:
+        return args, None
+    path = distributed.from_rank_0(checkpoints.checkpoint_to_resume, args)
+    checkpoint = checkpoints.load_checkpoint(path)
+    args = parse_train_args(argv, description, checkpoint["flags"])
+    args.resume = str(path)
+    return args, checkpoint
+
+
+class Run:
+    """A context for the training of a model: `with Run(...) as run`.
+
+    Creates the directory of the run, or continues in it with the model and the optimizer restored.
+    If it is interrupted, it ends with the command that continues the run. Rank 0 writes all files.
+
+    Args:
+        data: the Source of the images.
+        train_set: an MNISTSum; eval_sets: the MNISTSums to evaluate, by split.
+        checkpoint: the one to resume, or None.
+    """
+
+    def __init__(self, args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint):
+        self.args, self.recipe, self.model, self.optimizer = args, recipe, model, optimizer
+        self.data, self.datasets = data, {"train": train_set, **eval_sets}
+        self.history, self.curve, self.predictions, self.status = [], [], {}, 0
+        self.start_time, self.contexts = time.perf_counter(), ExitStack()
+        self.silent = args.quiet or args.eval_only
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.info = {
+            "recipe": args.recipe,
+            "dataset": data.name,
+            "note": data.note or ("DRY RUN: a few batches only" if args.dry_run else ""),
+            "seed": args.seed,
+            "epochs": recipe.epochs,
+            "parameters": parameters,
+            "device": str(train_set.device),
+            "precision": args.precision,
+            "processes": distributed.world_size(),
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "torchvision")}
+            | {"python": platform.python_version()},
+        }
+        self.flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
+        if checkpoint:
+            self.restore(checkpoint)
+
+    def restore(self, checkpoint):
+        """Continue after a checkpoint. Raises UserError if it is of a different experiment."""
+        may_differ = {"description": "", "epochs": 0}
+        if checkpoint["recipe"] | may_differ != self.recipe.as_plain() | may_differ:
+            raise UserError(f"recipe {self.args.recipe!r} has changed: start a new run", status=2)
+        trained = len(checkpoint["history"])
+        if self.recipe.epochs < trained:
+            raise UserError(f"--epochs must be at least {trained}, the epochs already trained", 2)
+        checkpoints.restore(checkpoint, self.model, self.optimizer)
+        self.history, self.curve = checkpoint["history"], checkpoint["curve"]
+        self.start_time -= checkpoint["seconds"]  # total_seconds includes the earlier invocations
+
+    def __enter__(self):
+        batches = self.datasets["train"].batches(self.recipe.batch_size, self.recipe.drop_last)
+        epochs_left = self.recipe.epochs - len(self.history)
+        hidden = self.silent or distributed.rank() > 0 or not sys.stderr
+        self.progress = tqdm(
+            total=epochs_left * self.recipe.members * len(batches),
+            leave=False,
+            disable=hidden or None,  # None hides it if stderr is not a terminal
+        )
+        self.contexts.enter_context(self.progress)
+        if self.args.eval_only:
+            return self
+        self.path = Path(distributed.from_rank_0(run_directory, self.args))
+        self.contexts.enter_context(interrupted_by_signals())
+        if distributed.rank() == 0:
+            self.contexts.enter_context(lock_directory(self.path, wait=False))
+            self.identity = os.stat(self.path)
+            if self.history:
+                self.save_derived()
+            elif any((self.path / name).exists() for name in RUN_FILES):
+                raise UserError(f"{self.path} already holds a run; choose another --output-dir")
+            self.log(f"command  {self.args.command}", show=None)
+            self.log(f"versions {self.info['versions']}", show=None)
+        if epochs_left and not self.silent:
+            self.log_header()
+        return self
+
+    def log_header(self):
+        """Print the device, data, recipe, model, seed and directory of the run."""
+        info, recipe = self.info, self.recipe
+        sizes = ", ".join(f"{len(part):,} {split}" for split, part in self.datasets.items())
+        processes = f"{info['processes']} processes of " if info["processes"] > 1 else ""
+        threads = f"{processes}{info['threads']} thread{'s' * (info['threads'] > 1)}"
+        names = f"{recipe.encoder.__name__}, {recipe.head.__name__}"
+        self.log(f"device   {info['device']}, {info['precision']}, {threads}")
+        self.log(f"data     {info['dataset']}: {sizes} images")
+        self.log(f"recipe   {info['recipe']}: {recipe.description}")
+        self.log(f"model    {names}: {info['parameters']:,} parameters")
+        self.log(f"seed     {info['seed']}")
+        self.log(f"run      {self.path}")
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                self.status = 128 + getattr(error, "signum", signal.SIGINT)
+                unsaved = "" if self.history else "; nothing was saved"
+                done = f"{len(self.history)}/{self.recipe.epochs}"
+                self.log(f"interrupted after epoch {done}{unsaved}", show=warn)
+                self.save_plots()
+                if self.history:
+                    self.log(f"resume   {self.resume_command()}")
+                return True
+            if error and self.history and not isinstance(error, DivergedError):
+                error.add_note(f"resume with: {self.resume_command()}")
+            return False
+        finally:
+            self.contexts.close()
+            if not self.args.eval_only and not (self.path / LAST).exists():
+                with suppress(OSError):
+                    (self.path / LOG).unlink(missing_ok=True)
+                    self.path.rmdir()
+
+    def epochs_left(self):
+        """Yield the epochs to train, counted from 1."""
+        first, last = len(self.history) + 1, self.recipe.epochs
+        if first > last and not self.silent:
+            self.log(f"nothing left to train after epoch {last}/{last}; see --epochs")
+        for epoch in range(first, 1 if self.args.eval_only else last + 1):
+            self.epoch_start = time.perf_counter()
+            self.progress.set_description(f"epoch {epoch}/{last}")
+            self.progress.set_postfix_str("")
+            yield epoch
+
+    def save_epoch(self, epoch, steps, predictions):
+        """Save the state after an epoch, and print its metrics.
+
+        steps: float64 (S, 7), from `StepMetrics`; predictions: by split.
+        """
+        seconds = {split: part.seconds for split, part in predictions.items()}
+        train_seconds = time.perf_counter() - self.epoch_start - sum(seconds.values())
+        smoothing = self.recipe.label_smoothing
+        train_metrics, points = metrics.epoch_metrics(steps, epoch, smoothing)
+        evaluated = {split: part.metrics(smoothing) for split, part in predictions.items()}
+        row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= metrics.columns({"train": train_metrics} | evaluated)
+        row |= {
+            f"{k}_seconds": round(v, 3) for k, v in ({"train": train_seconds} | seconds).items()
+        }
+        if not all(map(math.isfinite, row.values())):
+            message = f"the loss of epoch {epoch} is NaN or infinite: start a new run"
+            raise DivergedError(f"{message} with a smaller --lr")
+        self.history.append(row)
+        self.curve += points
+        if distributed.rank() == 0:
+            # First remove results.json of a shorter run: it must never be next to a longer history.
+            (self.path / "results.json").unlink(missing_ok=True)
+            self.save_checkpoint(LAST)
+            self.save_derived()
+        self.predictions = predictions  # only now: those of a saved epoch
+        if not self.silent:
+            self.log(metrics.epoch_line(row, self.recipe.epochs))
+
+    def finish(self, predictions):
+        """Print the results of the predictions by split; save those of the test set, and plots."""
+        if self.args.eval_only:
+            for split, part in predictions.items():
+                log(metrics.result_line(split, part.metrics(), self.info["note"]))
+            return
+        self.predictions, test = predictions, predictions["test"].metrics()
+        seconds = sum(row["train_seconds"] for row in self.history)
+        if distributed.rank() == 0 and not (self.path / "results.json").exists():
+            total = time.perf_counter() - self.start_time
+            results = {"train_seconds": round(seconds, 3), "total_seconds": round(total, 3)}
+            self.save_json("results.json", self.info | {"test": test} | results)
+        self.log(metrics.result_line("test", test, self.info["note"], seconds))
+        self.save_plots()
+        if not self.silent:
+            self.log(f"saved    {self.path}")
+
+    def log(self, text, show=log):
+        """Print a line, and append it to the log file of the run."""
+        if show:
+            with tqdm.external_write_mode():
+                show(text)
+        if distributed.rank() == 0:
+            with open(self.path / LOG, "a", encoding="utf-8") as file:
+                file.write(f"{printable(text)}\n")
+
+    def write(self, name, content):
+        """Write bytes to a file of the run."""
+        if not os.path.samestat(os.stat(self.path), self.identity):
+            raise UserError(f"{self.path} was replaced by another directory")
+        write_atomic(self.path / name, content)
+
+    def save_json(self, name, value):
+        self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+    def save_checkpoint(self, name):
+        content = {
+            "flags": self.flags,
+            "recipe": self.recipe.as_plain(),
+            "history": self.history,
+            "curve": self.curve,
+            "seconds": time.perf_counter() - self.start_time,
+            "network": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        self.write(name, buffer.getbuffer())
+
+    def save_derived(self):
+        """Write best.pt, metrics.csv and args.json, which belong to the last checkpoint."""
+        scores = [row.get("val_both_accuracy", 0.0) for row in self.history]  # 0: never better
+        if scores[-1] > max(scores[:-1], default=0.0):
+            self.save_checkpoint(BEST)
+        text = io.StringIO()
+        rows = [self.history[0].keys(), *map(dict.values, self.history)]
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        self.write("metrics.csv", text.getvalue().encode())
+        settings = {"flags": self.flags, "recipe": self.recipe.as_plain()}
+        self.save_json("args.json", {"command": self.args.command} | self.info | settings)
+
+    def save_plots(self):
+        """Draw the plots of the last saved epoch."""
+        if not self.predictions or distributed.rank() > 0:
+            return
+        self.progress.set_postfix_str("drawing plots")
+        row, test_set = self.history[-1], self.datasets["test"]
+        title = "{recipe}, seed {seed}, epoch {} of {epochs}: ".format(row["epoch"], **self.info)
+        title += "{test_digit_accuracy:.2%} digit, {test_sum_accuracy:.2%} sum".format(**row)
+        title += f" ({self.info['note']})" if self.info["note"] else ""
+        shown = test_set.images.cpu(), test_set.addends.cpu(), self.data.disputed, title
+        curves = self.history, self.curve, self.predictions["test"]
+        figures = plots.run_figures(*curves, *shown, self.recipe.label_smoothing)
+        for name, figure in figures.items():
+            self.write(name, plots.as_png(figure))
+
+    def resume_command(self):
+        """The command that continues this run: the one that was typed, if it has --resume."""
+        new = shlex.join(["python", "train.py", "--resume", self.path.as_posix()])
+        return self.args.command if self.args.resume else new
+
+
+def run_directory(args):
+    """The directory of a run. A new one is created: runs/RECIPE, runs/RECIPE-2 and so on."""
+    if args.resume:
+        return os.path.dirname(args.resume)
+    name = f"{args.recipe}-dry-run" if args.dry_run else args.recipe
+    candidates = (RUNS / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
+    for path in [Path(args.output_dir)] if args.output_dir else candidates:
+        try:
+            path.mkdir(parents=True, exist_ok=bool(args.output_dir))
+            return path
+        except OSError as error:
+            if args.output_dir or not path.is_dir():
+                raise UserError(f"cannot create {path} ({error.strerror})") from error
+
+
+@contextmanager
+def interrupted_by_signals():
+    """Raise Interrupted on SIGTERM and SIGHUP, unless they are ignored (nohup) or handled."""
+
+    def interrupt(signum, frame):
+        raise Interrupted(signum)
+
+    caught = []
+    with suppress(ValueError):  # not in the main thread
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, interrupt)
+                caught.append(number)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
