@@ -168,10 +168,11 @@ def load_data(name, data_dir):
             if not all(find_file(data_dir, file) for file in SHA256):
                 download(data_dir)
         except ConnectionError as error:
-            message = f"{error}; place {', '.join(SHA256)} in {data_dir}"
             if name == "mnist":
-                raise UserError(message) from error
-            warn(f"warning: {message}\nand pass --data-dir {data_dir}\n{SYNTHETIC}")
+                raise UserError(f"{error}; place {', '.join(SHA256)} in {data_dir}") from error
+            warn(f"warning: {error}")
+            warn(f"to train on MNIST, place {', '.join(SHA256)} in {data_dir}")
+            warn(f"training on {SYNTHETIC}")
             name = "synthetic"
     if distributed.from_rank_0(lambda: name) == "synthetic":
         train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
@@ -224,7 +225,7 @@ def read_verified(data_dir, name):
 
 
 def download(data_dir):
-    """Download MNIST with torchvision. Raises ConnectionError if it fails; then there is no file."""
+    """Download MNIST with torchvision. If it fails, raises ConnectionError and leaves no file."""
     from torchvision.datasets import MNIST  # not at the top: importing it takes a second
 
     raw_dir(data_dir).mkdir(parents=True, exist_ok=True)

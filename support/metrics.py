@@ -27,7 +27,7 @@ class Predictions(NamedTuple):
 
     @classmethod
     def merged(cls, outputs, digits, start_time):
-        """From the (B, 10, 10) and (B, 10, 19) of each batch of each process; equal on all ranks."""
+        """From the outputs of `classify_all` for the batches of each process; equal on all ranks."""
         merged = [
             distributed.merge_rows(torch.cat(parts), len(digits)).cpu()
             for parts in zip(*outputs, strict=True)
@@ -80,7 +80,7 @@ class Predictions(NamedTuple):
         return [cell.bincount(minlength=n * n).view(n, n) for cell, n in cells]
 
     def addition(self):
-        """Share of each predicted sum, by true digit and addend: (10, 10, 19); NaN without images."""
+        """Shares of the predicted sums by true digit and addend: (10, 10, 19); NaN if no images."""
         sums = F.one_hot(self.predicted()[1], NUM_SUMS).double()  # (N, 10, 19)
         counts = sums.new_zeros(NUM_DIGITS, *sums.shape[1:]).index_add(0, self.digits, sums)
         return counts / counts.sum(dim=2, keepdim=True)

@@ -177,16 +177,15 @@ class Run:
 
         steps: float64 (S, 7), from `StepMetrics`; predictions: by split.
         """
-        seconds = {split: part.seconds for split, part in predictions.items()}
-        train_seconds = time.perf_counter() - self.epoch_start - sum(seconds.values())
+        evaluation = {split: part.seconds for split, part in predictions.items()}
+        training = time.perf_counter() - self.epoch_start - sum(evaluation.values())
         smoothing = self.recipe.label_smoothing
         train_metrics, points = metrics.epoch_metrics(steps, epoch, smoothing)
         evaluated = {split: part.metrics(smoothing) for split, part in predictions.items()}
         row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         row |= metrics.columns({"train": train_metrics} | evaluated)
-        row |= {
-            f"{k}_seconds": round(v, 3) for k, v in ({"train": train_seconds} | seconds).items()
-        }
+        for split, seconds in {"train": training, **evaluation}.items():
+            row[f"{split}_seconds"] = round(seconds, 3)
         if not all(map(math.isfinite, row.values())):
             message = f"the loss of epoch {epoch} is NaN or infinite: start a new run"
             raise DivergedError(f"{message} with a smaller --lr")
