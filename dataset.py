@@ -74,7 +74,7 @@ class MNISTSum(Dataset):
     def set_epoch(self, epoch, member=0, augment=True):
         """Draw the addends of an epoch, counted from 1, and its augmentation if `augment`.
 
-        Each member of a committee has its own. Has no effect on the workers of a DataLoader with
+        Each member of an ensemble has its own. Has no effect on the workers of a DataLoader with
         `persistent_workers=True`.
         """
         split = f"{self.split}-{member}" if member else self.split

@@ -24,7 +24,7 @@ class TwoHeadedNet(nn.Module):
 
     @property
     def members(self):
-        """The networks that are trained: this one. See Committee."""
+        """The networks that are trained: only this one. See Ensemble."""
         return [self]
 
     def classify(self, features, addend):
@@ -46,16 +46,12 @@ class TwoHeadedNet(nn.Module):
         return self.classify(self.encoder(image), addend)
 
 
-class Committee(TwoHeadedNet):
-    """Networks that are trained separately; their mean log-probabilities, normalized, are used."""
+class Ensemble(nn.Module):
+    """Networks that are trained separately. Predicts their mean log-probabilities, normalized."""
 
     def __init__(self, members):
-        nn.Module.__init__(self)
-        self.networks = nn.ModuleList(members)
-
-    @property
-    def members(self):
-        return self.networks
+        super().__init__()
+        self.members = nn.ModuleList(members)
 
     def encoder(self, image):
         """The features of all members, one after the other: (B, M F)."""
@@ -66,6 +62,8 @@ class Committee(TwoHeadedNet):
         outputs = zip(*(member.classify(part, addend) for member, part in parts), strict=True)
         return tuple(F.log_softmax(torch.stack(one).mean(dim=0), dim=1) for one in outputs)
 
+    classify_all, forward = TwoHeadedNet.classify_all, TwoHeadedNet.forward
+
 
 def build_model(encoder, head, members=1):
     """Build the network of a recipe from its encoder function and its head class.
@@ -73,7 +71,7 @@ def build_model(encoder, head, members=1):
     With several members, each has its own weights.
     """
     if members > 1:
-        return Committee([build_model(encoder, head) for _ in range(members)])
+        return Ensemble([build_model(encoder, head) for _ in range(members)])
     layers = encoder().eval()
     with torch.no_grad():
         num_features = layers(torch.zeros(1, 1, SIDE, SIDE)).shape[1]

@@ -56,7 +56,7 @@ class Recipe:
     addends: str = "each-epoch"  # when they are drawn: "each-epoch" or "once"
     drop_last: bool = False  # skip the last batch of an epoch if it is not full
     val_size: int = 0  # training images held out for validation
-    members: int = 1  # number of networks: several are a committee
+    members: int = 1  # number of networks; several are an Ensemble
 
     def as_plain(self):
         """The row in JSON types, with functions and classes as their names."""
@@ -83,6 +83,9 @@ RECIPES = {
     "tiny": Recipe(
         "fewer than 6,000 parameters: separable convolutions with shared weights",
         tiny, LowRankProduct, 60, 256, 0.02, **OURS, **AUGMENTED),
+    "ensemble": Recipe(
+        "highest accuracy: six networks of default, their log-probabilities averaged",
+        compact, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED, members=6),
     "concat-mlp": Recipe(
         "published: digit logits and one-hot addend into FC 128",
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
