@@ -20,6 +20,7 @@ from socketserver import ThreadingTCPServer
 
 from inference.handwriting import prepare, read_picture
 from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
+from recipes import RECIPES
 from support.checkpoint import latest_runs
 from support.cli import Parser, exit_status, number
 from support.console import log
@@ -46,7 +47,7 @@ def parse_args(argv):
 def main(argv):
     """Serve the page until Ctrl-C."""
     args = parse_args(argv)
-    runs = (path for path, _ in latest_runs())
+    runs = (path for path, _ in latest_runs(RECIPES))
     run = args.run or next(runs, ROOT / "results" / "tiny.pt")
     with Server(run, args.port) as server:
         url = f"http://{server.hosts[0]}/"

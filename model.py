@@ -75,7 +75,7 @@ def build_model(encoder, head, members=1):
     layers = encoder().eval()
     with torch.no_grad():
         num_features = layers(torch.zeros(1, 1, SIDE, SIDE)).shape[1]
-    return TwoHeadedNet(layers.train(), head(num_features))
+    return TwoHeadedNet(layers.train(), head(None if isinstance(layers, Logits) else num_features))
 
 
 def count_parameters(module):
@@ -94,7 +94,7 @@ def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=None, po
     )
 
 
-def compact():
+def standard():
     """Four convolutions; the first has stride 2, since full resolution would take the most time."""
     return nn.Sequential(
         conv_norm_relu(1, 32, kernel=5, stride=2),  # (B, 32, 14, 14)
@@ -106,7 +106,7 @@ def compact():
     )
 
 
-def small():
+def shallow():
     """Two convolutions and a fully connected layer, on the central 24x24 pixels."""
     return nn.Sequential(
         nn.ZeroPad2d(-2),  # crops to (B, 1, 24, 24): the border is nearly always empty
@@ -160,9 +160,13 @@ def tiny():
     )
 
 
+class Logits(nn.Sequential):
+    """An encoder whose features are the digit logits already: its head gets None as their number."""
+
+
 def digit_layer(num_features):
-    """Features to digit logits. Ten features are assumed to be the logits already."""
-    return nn.Identity() if num_features == NUM_DIGITS else nn.Linear(num_features, NUM_DIGITS)
+    """Features to digit logits; None means that they are the logits."""
+    return nn.Identity() if num_features is None else nn.Linear(num_features, NUM_DIGITS)
 
 
 class OuterProduct(nn.Module):

@@ -1,4 +1,4 @@
-"""Training recipes: a table with a network and its hyperparameters in each row."""
+"""Training recipes: a table of networks with their hyperparameters."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from model import LowRankProduct, OuterProduct, compact, small, tiny
+from model import LowRankProduct, OuterProduct, shallow, standard, tiny
 from published import models as published
 from support.augment import Affine
 from support.constants import MEAN, STD
@@ -34,7 +34,7 @@ def one_cycle(step, total_steps, warmup=0.2):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table. The defaults are the values that most rows share."""
+    """A network and its hyperparameters. The defaults are the values that most recipes share."""
 
     description: str
     # Functions and classes are saved by name: no lambdas, no functools.partial.
@@ -59,7 +59,7 @@ class Recipe:
     members: int = 1  # number of networks; several are an Ensemble
 
     def as_plain(self):
-        """The row in JSON types, with functions and classes as their names."""
+        """The settings in JSON types, with functions and classes as their names."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=lambda f: f.__name__))
 
 
@@ -72,20 +72,20 @@ SHARED_TRUNK |= {"addends": "once", "val_size": 10_000}
 
 # fmt: off
 RECIPES = {
-    # description; encoder, head, epochs, batch size, peak learning rate; further columns
+    # description; encoder, head, epochs, batch size, peak learning rate; further settings
     "default": Recipe(
         "best accuracy for its cost: four convolutions, affine augmentation",
-        compact, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED),
+        standard, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED),
     "fast": Recipe(
         "trains in seconds: two convolutions, weak affine augmentation",
-        small, OuterProduct, 1, 128, 0.01, **OURS,
+        shallow, OuterProduct, 1, 128, 0.01, **OURS,
         affine=Affine(degrees=5, translate=0.05, scale=0.05, shear=5)),
     "tiny": Recipe(
         "fewer than 6,000 parameters: separable convolutions with shared weights",
         tiny, LowRankProduct, 60, 256, 0.02, **OURS, **AUGMENTED),
     "ensemble": Recipe(
         "highest accuracy: six networks of default, their log-probabilities averaged",
-        compact, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED, members=6),
+        standard, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED, members=6),
     "concat-mlp": Recipe(
         "published: digit logits and one-hot addend into FC 128",
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,

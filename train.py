@@ -91,7 +91,9 @@ def evaluate_all(model, datasets, autocast, progress):
 @exit_status
 def main(argv, recipes=RECIPES):
     """Parse the flags, start or resume a run, train, report; returns the exit status."""
-    args, checkpoint = start(argv, __doc__)  # with --resume, the flags are those of the run
+    args, checkpoint = start(
+        argv, __doc__, recipes
+    )  # with --resume, the flags are those of the run
     recipe = recipe_from_args(args, recipes)
     device, autocast = pick_device(args)
     data = load_data(args.dataset, args.data_dir)

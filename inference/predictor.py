@@ -20,13 +20,14 @@ def load_model(path):
     Also returns the checkpoint, a dict. Raises UserError if the recipe has a different network now.
     """
     checkpoint = load_checkpoint(path)
-    name, saved = checkpoint["flags"].get("recipe"), checkpoint["recipe"]
+    name, saved = checkpoint["flags"]["recipe"], {"members": 1} | checkpoint["recipe"]
     if name not in RECIPES:
         raise UserError(f"{path}: this version has no recipe {name!r}")
-    row = RECIPES[name].as_plain()
-    if any(saved.get(column) != row[column] for column in ("encoder", "head")):
+    recipe = RECIPES[name]
+    settings = "encoder", "head", "members", "mean", "std", "label_smoothing"
+    if any(saved.get(setting) != recipe.as_plain()[setting] for setting in settings):
         raise UserError(f"{path}: recipe {name!r} of this version has a different network")
-    model = build_model(RECIPES[name].encoder, RECIPES[name].head)
+    model = build_model(recipe.encoder, recipe.head, recipe.members)
     restore(checkpoint, model)
     return model.eval(), checkpoint
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import digit_layer
+from model import Logits, digit_layer
 from support.constants import NUM_DIGITS, NUM_SUMS
 
 
@@ -20,7 +20,7 @@ def stack(layer, *sizes, **options):
 
 def seven_conv():
     """Encoder of concat-mlp: seven 3x3 convolutions; the last returns the digit logits."""
-    return nn.Sequential(
+    return Logits(
         *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 64, 14, 14)
         *stack(nn.Conv2d, 64, 128, 256, kernel_size=3, padding=1),
@@ -33,7 +33,7 @@ def seven_conv():
 
 def six_conv():
     """Encoder of concat-linear: six 3x3 convolutions, two linear layers down to digit logits."""
-    return nn.Sequential(
+    return Logits(
         *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 64, 14, 14)
         *stack(nn.Conv2d, 64, 128, 256, kernel_size=3, padding=1),
@@ -117,8 +117,9 @@ class Added(nn.Module):
     def __init__(self, num_features):
         super().__init__()
         self.digit = digit_layer(num_features)
-        self.embedding = nn.Linear(NUM_DIGITS, num_features)
-        self.sum = nn.Linear(num_features, NUM_SUMS)
+        size = num_features or NUM_DIGITS
+        self.embedding = nn.Linear(NUM_DIGITS, size)
+        self.sum = nn.Linear(size, NUM_SUMS)
 
     def forward(self, features, addend):
         embedded = F.relu(self.embedding(addend))  # (B, F)
@@ -135,7 +136,7 @@ class OnProbabilities(nn.Module):
     def __init__(self, num_features):
         super().__init__()
         self.digit = digit_layer(num_features)
-        self.fusion = self.published(NUM_DIGITS)
+        self.fusion = self.published(None)
 
     def forward(self, features, addend):
         digit_logits = self.digit(features)

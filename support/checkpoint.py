@@ -20,11 +20,16 @@ CONTENT = {"flags": dict, "recipe": dict, "history": list, "curve": list, "secon
 CONTENT |= {"network": dict, "optimizer": dict}
 
 
-def latest_runs():
-    """Path and last checkpoint of each run in RUNS, the most recent first, without dry runs."""
+def latest_runs(recipes):
+    """Path and last checkpoint of each run in RUNS, the most recent first, without dry runs.
+
+    Warns of runs that cannot be used: their recipe must be one of `recipes`, a dict or names.
+    """
     for path in sorted(RUNS.glob(f"*/{LAST}"), key=os.path.getmtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
+            if checkpoint["flags"]["recipe"] not in recipes:
+                raise UserError(f"{path}: no recipe {checkpoint['flags']['recipe']!r}")
         except UserError as error:
             warn(f"warning: {error}; skipped")
             continue
@@ -40,7 +45,7 @@ def find_checkpoint(path):
     return found
 
 
-def checkpoint_to_resume(args):
+def checkpoint_to_resume(args, recipes):
     """The path of the checkpoint that --resume names, by default of the latest unfinished run.
 
     With --eval-only, or with --epochs beyond what it has, a finished run counts too.
@@ -50,7 +55,7 @@ def checkpoint_to_resume(args):
         if path.name != LAST and not args.eval_only:
             raise UserError(f"only a {LAST} can be resumed; {path} can be given to --eval-only", 2)
         return path
-    for path, checkpoint in latest_runs():
+    for path, checkpoint in latest_runs(recipes):
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
         if args.eval_only or left > 0:
             return path
@@ -87,7 +92,7 @@ def is_valid(checkpoint):
     return (
         all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers)
         and len({tuple(row) for row in history}) == 1  # the same columns, at least one row
-        and {"test_digit_objective", "train_seconds"} <= history[0].keys()
+        and {"test_digit_accuracy", "test_sum_accuracy", "train_seconds"} <= history[0].keys()
         and [row["epoch"] for row in history] == list(range(1, len(history) + 1))
         and all(len(point) == 3 for point in curve)
         and isinstance(checkpoint["recipe"].get("epochs"), int)

@@ -34,7 +34,7 @@ PLOTS = ("loss.png", "accuracy.png", "confusion_matrix.png", "predictions.png", 
 RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", *PLOTS)
 
 
-def start(argv, description):
+def start(argv, description, recipes):
     """Connect the processes and parse the flags; returns these and the checkpoint to resume.
 
     On resume, flags that are not given are those of the run.
@@ -43,7 +43,7 @@ def start(argv, description):
     distributed.connect()
     if args.resume is None:
         return args, None
-    path = distributed.from_rank_0(checkpoints.checkpoint_to_resume, args)
+    path = distributed.from_rank_0(checkpoints.checkpoint_to_resume, args, recipes)
     checkpoint = checkpoints.load_checkpoint(path)
     args = parse_train_args(argv, description, checkpoint["flags"])
     args.resume = str(path)
