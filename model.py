@@ -161,7 +161,7 @@ def tiny():
 
 
 class Logits(nn.Sequential):
-    """An encoder whose features are the digit logits already: its head gets None as their number."""
+    """An encoder whose features are the digit logits already. Its head gets None as F."""
 
 
 def digit_layer(num_features):

@@ -108,9 +108,10 @@ def as_line(record):
 
 
 def as_title(record):
-    """The line of a record, and its warnings on a second one."""
+    """The name of a file and the line of its record, and its warnings on a second one."""
+    name = Path(record["file"]).name.encode("latin-1", "backslashreplace").decode("latin-1")
     warnings = "; ".join(text for text in record["warnings"] if text != NO_INK)
-    return "\n".join(filter(None, [as_line(record), warnings]))
+    return "\n".join(filter(None, [f"{name}: {as_line(record)}", warnings]))
 
 
 if __name__ == "__main__":

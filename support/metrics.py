@@ -10,6 +10,7 @@ from support import distributed
 from support.constants import NUM_DIGITS, NUM_SUMS
 
 CURVE_POINTS = 20  # of the training loss, per epoch
+MISTAKE_COLUMNS = ("index", "label", "prediction", "confidence", "disputed")  # of mistakes.csv
 CLASSES = {"digit": NUM_DIGITS, "sum": NUM_SUMS}
 # Loss: without label smoothing. Objective: what training minimizes, less its minimum.
 TRAIN_METRICS = [
@@ -27,7 +28,7 @@ class Predictions(NamedTuple):
 
     @classmethod
     def merged(cls, outputs, digits, start_time):
-        """From the outputs of `classify_all` for the batches of each process; equal on all ranks."""
+        """From the outputs of `classify_all` for the batches of each process; equal on all."""
         merged = [
             distributed.merge_rows(torch.cat(parts), len(digits)).cpu()
             for parts in zip(*outputs, strict=True)
@@ -48,23 +49,20 @@ class Predictions(NamedTuple):
         probability, digit = self.digit_log_probs.exp().mean(dim=1).max(dim=1)
         return digit, probability
 
-    def metrics(self, label_smoothing=0.0):
-        """Metrics over all pairs. Consistent: the predicted sum is the predicted digit + addend.
+    def metrics(self, smoothing=0.0):
+        """Metrics over all pairs. Objective: the loss with label smoothing, less its minimum.
 
-        Objective: the loss with label smoothing, less its minimum. Zero for a perfect network.
+        Consistent: the predicted sum is the predicted digit + addend.
         """
         (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
-
-        def objective(log_probs, target):
-            loss = F.cross_entropy(log_probs.mT.double(), target, label_smoothing=label_smoothing)
-            return loss - lowest_loss(label_smoothing, log_probs.shape[2])
-
+        digit_objective = F.cross_entropy(self.digit_log_probs.mT, digit, label_smoothing=smoothing)
+        sum_objective = F.cross_entropy(self.sum_log_probs.mT, total, label_smoothing=smoothing)
         correct_digit, correct_sum = predicted_digit == digit, predicted_sum == total
         values = {
             "digit_loss": -self.digit_log_probs.gather(2, digit[:, :, None]),
             "sum_loss": -self.sum_log_probs.gather(2, total[:, :, None]),
-            "digit_objective": objective(self.digit_log_probs, digit),
-            "sum_objective": objective(self.sum_log_probs, total),
+            "digit_objective": digit_objective - lowest_loss(smoothing, NUM_DIGITS),
+            "sum_objective": sum_objective - lowest_loss(smoothing, NUM_SUMS),
             "digit_accuracy": correct_digit,
             "sum_accuracy": correct_sum,
             "both_accuracy": correct_digit & correct_sum,
@@ -80,45 +78,28 @@ class Predictions(NamedTuple):
         return [cell.bincount(minlength=n * n).view(n, n) for cell, n in cells]
 
     def addition(self):
-        """Shares of the predicted sums by true digit and addend: (10, 10, 19); NaN if no images."""
+        """Shares of the predicted sums for each true digit and addend: (10, 10, 19), or NaN."""
         sums = F.one_hot(self.predicted()[1], NUM_SUMS).double()  # (N, 10, 19)
         counts = sums.new_zeros(NUM_DIGITS, *sums.shape[1:]).index_add(0, self.digits, sums)
         return counts / counts.sum(dim=2, keepdim=True)
 
-    def most_confident_errors(self, count):
-        """Indices, predicted digits and probabilities of misread images, most confident first."""
-        digit, probability = self.image_digits()
-        wrong = (digit != self.digits).nonzero().flatten()
-        wrong = wrong[probability[wrong].argsort(descending=True, stable=True)][:count]
-        return wrong, digit[wrong], probability[wrong]
-
     def mistakes(self, disputed):
-        """The misread images, most confident first: lists with the values of MISTAKE_COLUMNS.
+        """Misread images, most confident first, as MISTAKE_COLUMNS; disputed: a set of indices."""
+        rows = zip(self.digits.tolist(), *(v.tolist() for v in self.image_digits()), strict=True)
+        mistakes = [[i, *row, i in disputed] for i, row in enumerate(rows) if row[0] != row[1]]
+        return sorted(mistakes, key=lambda mistake: -mistake[3])
 
-        disputed: the set of indices of images with a disputed label.
-        """
-        predicted, probability = self.image_digits()
-        wrong = (predicted != self.digits).nonzero().flatten()
-        wrong = wrong[probability[wrong].argsort(descending=True, stable=True)]
-        columns = [values[wrong].tolist() for values in (self.digits, predicted, probability)]
-        return [[*row, row[0] in disputed] for row in zip(wrong.tolist(), *columns, strict=True)]
-
-    def sum_mistakes(self):
-        """Pairs with a wrong sum of a correct digit, most confident first; one for each image.
-
-        Returns their images, addends and probabilities, and the number of all such pairs.
-        """
+    def wrong_sums(self):
+        """Pairs (image, addend) with only the sum wrong, most confident first: int64 (M, 2)."""
         (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
-        wrong = (predicted_digit == digit) & (predicted_sum != total)
-        probability, addend = (self.sum_log_probs.amax(dim=2).exp() * wrong).max(dim=1)
-        image = probability.argsort(descending=True, stable=True)[: wrong.any(dim=1).sum()]
-        return image, addend[image], probability[image], int(wrong.sum())
+        wrong = (predicted_digit == digit) & (predicted_sum != total)  # (N, 10)
+        order = self.sum_log_probs.amax(dim=2)[wrong].argsort(descending=True, stable=True)
+        return wrong.nonzero()[order]
 
 
-def lowest_loss(label_smoothing, classes):
-    """The minimum of the loss with label smoothing, in nats: the entropy of its target."""
-    target = torch.full((classes,), label_smoothing / classes, dtype=torch.float64)
-    target[0] += 1 - label_smoothing
+def lowest_loss(smoothing, classes):
+    """The minimum of a loss with label smoothing, in nats: the entropy of its target."""
+    target = (1 - smoothing) * torch.eye(classes)[0] + smoothing / classes
     return torch.special.entr(target).sum().item()
 
 

@@ -12,10 +12,11 @@ from matplotlib.ticker import LogLocator
 
 from support.constants import NUM_DIGITS, NUM_SUMS
 
-COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 6, 24, 30  # of the plots made of images
+COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 8, 24, 24  # of the plots made of images
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
 OUTPUT_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
-SPLIT_STYLES = {"train": {"lw": 1, "alpha": 0.7}, "val": {"ls": ":"}, "test": {"lw": 2}}
+SPLIT_STYLES = {"train": {"lw": 1, "alpha": 0.7}, "val": {"ls": ":", "marker": "."}}
+SPLIT_STYLES |= {"test": {"lw": 2, "marker": "."}}
 
 
 def as_png(figure):
@@ -31,35 +32,33 @@ def run_figures(history, curve, predictions, images, addends, disputed, title, l
     predictions: of the N test images; images: uint8 (N, 28, 28); addends: int64 (N,), the one to
     show with each image; disputed: the set of indices of images with a disputed label.
     """
+    target = 100 * (1 - label_smoothing * (1 - 1 / NUM_DIGITS))
+    note = f"\nTarget in training: {target:.0f} % (label smoothing)." if label_smoothing else ""
     return {
-        "loss.png": loss_figure(curve, history, title, label_smoothing),
-        "accuracy.png": _accuracy_figure(history, title),
-        "confusion_matrix.png": _confusion_figure(*predictions.confusion(), title),
-        "predictions.png": _samples_figure(predictions, images, addends, title),
-        "mistakes.png": _mistakes_figure(predictions, images, disputed, title, label_smoothing),
+        "loss.png": loss_figure(curve, history, title),
+        "accuracy.png": accuracy_figure(history, title),
+        "confusion_matrix.png": confusion_figure(*predictions.confusion(), title),
+        "addition.png": addition_figure(predictions.addition(), title),
+        "predictions.png": samples_figure(predictions, images, addends, title, note),
+        "mistakes.png": mistakes_figure(predictions, images, disputed, title, note),
     }
 
 
-def loss_figure(curve, history, title, label_smoothing):
-    """Negative log-likelihood of both outputs, in nats, against the epoch.
+def loss_figure(curve, history, title):
+    """The loss of both outputs, less its minimum, against the epoch; in nats.
 
-    curve: (position in epochs, digit loss, sum loss), means over the training samples since the
-    previous point; history: the rows of metrics.csv; title: a line about the run.
+    curve: (position in epochs, digit, sum), means over the training samples since the previous
+    point; history: the rows of metrics.csv; title: a line about the run.
     """
-    note = "Plotted without label smoothing. Dotted: the plotted loss at which the training loss, "
-    note += f"with label smoothing {label_smoothing:g}, is at its minimum."
-    figure = new_figure("Loss per epoch", title, 5.6, note if label_smoothing else "")
+    figure = new_figure("Loss per epoch", title, 5.6)
     axes = figure.add_subplot()
-    positions, *losses = zip(*curve, strict=True)
-    for output, n, values in zip(("digit", "sum"), (NUM_DIGITS, NUM_SUMS), losses, strict=True):
-        color, label = OUTPUT_COLORS[output], f"{output}, train: {values[-1]:.4f}"
-        axes.plot(positions, values, color=color, label=label, **SPLIT_STYLES["train"])
-        if label_smoothing:  # the target of the true class is 1 - s + s / n (n classes)
-            lowest = -math.log(1 - label_smoothing * (1 - 1 / n))
-            axes.axhline(lowest, color=color, linewidth=1, linestyle=":")
-    _plot_history(axes, history, ("val", "test"), "loss")
-    finish_curves(axes, "negative log-likelihood, nats (log scale)", "last value")
-    axes.set_xlim(0, 1.02 * positions[-1])
+    names = "epoch", "train_digit_objective", "train_sum_objective"
+    points = [dict(zip(names, point, strict=True)) for point in curve]
+    for rows, splits in ((points, ["train"]), (history, ["val", "test"])):
+        for label, epochs, values, style in curves(rows, splits, "objective"):
+            axes.plot(epochs, values, label=f"{label}: {values[-1]:.4f}", **style)
+    finish_curves(axes, "loss minus its minimum, nats (log scale)", "last value")
+    axes.set_xlim(0, 1.02 * points[-1]["epoch"])
     return figure
 
 
@@ -71,7 +70,7 @@ def prediction_figure(originals, pixels, digits, sums, titles):
     figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(titles))
     rows = figure.subfigures(len(titles), 1, squeeze=False).flatten()
     for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
-        row.suptitle(title, x=0.012, ha="left")
+        row.suptitle(title, x=0.012, ha="left", parse_math=False)
         original, network_input, *bars = row.subplots(1, 4, width_ratios=(2, 2, 3, 6))
         original.imshow(originals[i])
         original.set(xticks=[], yticks=[], xlabel="original")
@@ -108,98 +107,121 @@ def finish_curves(axes, ylabel, legend_title):
     axes.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def _plot_history(axes, history, splits, metric):
-    """A curve for each split and output that has the metric; accuracies as error rates."""
-    epochs = [row["epoch"] for row in history]
+def curves(rows, splits, metric):
+    """Yields label, epochs, values and style for each split and output with the metric."""
+    epochs = [row["epoch"] for row in rows]
     for split, output in itertools.product(splits, OUTPUT_COLORS):
         key = f"{split}_{output}_{metric}"
-        if key in history[0]:
-            y = np.array([row[key] for row in history])
-            text = f"{y[-1]:.4f}" if metric == "loss" else f"{100 * y[-1]:.2f} %"
-            y = y if metric == "loss" else 100 - 100 * y
+        if key in rows[0]:
+            values = np.array([row[key] for row in rows])
             style = SPLIT_STYLES[split] | ({"lw": 0.8} if output == "both" else {})
-            style |= {"color": OUTPUT_COLORS[output], "label": f"{output}, {split}: {text}"}
-            axes.plot(epochs, y, marker=".", **style)
+            yield f"{output}, {split}", epochs, values, style | {"color": OUTPUT_COLORS[output]}
 
 
-def _accuracy_figure(history, title):
-    """Error rates: curves over the epochs or, after a single epoch, points side by side."""
+def accuracy_figure(history, title):
+    """Error rates: curves over the epochs or, after a single epoch, bars."""
     note = "Training errors are counted during the epoch, all others after it."
-    figure = new_figure("Error rate per epoch", title, 5.6, note)
+    figure = new_figure("Error rate", title, 5.6, note)
     axes = figure.add_subplot()
-    _plot_history(axes, history, SPLIT_STYLES, "accuracy")
-    finish_curves(axes, "error rate, % (log scale)", "accuracy in the last epoch")
+    for label, epochs, values, style in curves(history, SPLIT_STYLES, "accuracy"):
+        errors = 100 - 100 * values
+        if len(history) == 1:
+            bar = axes.bar(label, errors, color=style["color"], width=0.5)
+            axes.bar_label(bar, fmt="%.2f %%", padding=2)
+        else:
+            axes.plot(epochs, errors, label=f"{label}: {100 * values[-1]:.2f} %", **style)
     if len(history) == 1:
-        for i, line in enumerate(axes.lines):
-            line.set(xdata=[i], markersize=16)
-        labels = [line.get_label().replace(": ", "\n") for line in axes.lines]
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set(xlim=(-0.5, len(labels) - 0.5), xlabel="accuracy")
-        axes.get_legend().remove()
+        axes.set_ylabel("error rate in epoch 1, %")
+        axes.margins(y=0.1)
+    else:
+        finish_curves(axes, "error rate, % (log scale)", "accuracy in the last epoch")
     return figure
 
 
-def _confusion_figure(digit_counts, sum_counts, title):
+def confusion_figure(digit_counts, sum_counts, title):
     """Confusion matrices of both outputs, one row per true class; only errors are colored."""
-    note = "Digit: by mean probability over the ten addends. "
-    note += "Color: errors as a share of the row (log scale)."
+    note = "Digit: by mean probability over the ten addends."
     figure = new_figure("Confusion matrices of the test set", title, 7.2, note)
     left, right = figure.subplots(1, 2, width_ratios=(12, 19))
     for axes, counts, text, size in (
         (left, digit_counts, "Digit: number of images", 9),
         (right, sum_counts, "Sum: number of (image, addend) pairs", 6.5),
     ):
-        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        shares = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
         shares.fill_diagonal_(0)  # on the log scale, zero has no color
-        axes.imshow(shares.numpy(), cmap="Oranges", norm=LogNorm(1e-5, 1), alpha=0.7)
+        colors = axes.imshow(shares.numpy(), cmap="Oranges", norm=LogNorm(1e-3, 100), alpha=0.7)
         axes.set(title=text, xlabel="predicted", ylabel="true", anchor="N")
         axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
         # Clipped texts are left out of the layout, which need not measure hundreds of them.
         style = {"ha": "center", "va": "center", "fontsize": size, "clip_on": True}
         for true, predicted in counts.nonzero().tolist():
             axes.text(predicted, true, int(counts[true, predicted]), **style)
+    style = {"location": "bottom", "format": "{x:g}", "label": "errors, % of the row"}
+    figure.colorbar(colors, cax=left.inset_axes((0, -0.35, 1, 0.05)), **style)
     return figure
 
 
-def _samples_figure(predictions, images, addends, title):
-    """The first test images, each with its predicted digit and sum."""
-    cells, (predicted_digits, predicted_sums) = [], predictions.predicted()
-    for i, addend in enumerate(addends[:MAX_SAMPLES].tolist()):
-        digit = int(predictions.digits[i])
-        predicted = int(predicted_digits[i, addend]), int(predicted_sums[i, addend])
-        correct = predicted == (digit, digit + addend)
-        above = f"{predicted[0]} + {addend} = {predicted[1]}"
-        below = "" if correct else f"correct: {digit} + {addend} = {digit + addend}"
-        cells.append((images[i], above, below, correct))
+def addition_figure(shares, title):
+    """The sum predicted most often for each true digit and addend, colored by it."""
+    note = "Below a sum: the accuracy, if less than 99.95 %. Bold and red: not the correct sum."
+    figure = new_figure("Addition table: the sum predicted most often", title, 6.6, note)
+    axes = figure.add_subplot(xlabel="addend", ylabel="true digit")
+    axes.set(xticks=range(NUM_DIGITS), yticks=range(NUM_DIGITS))
+    sums = shares.argmax(dim=2).where(~shares[:, :, 0].isnan(), math.nan)
+    axes.imshow(sums.numpy(), cmap="turbo", vmin=0, vmax=NUM_SUMS - 1, alpha=0.6, aspect="auto")
+    style = {"ha": "center", "va": "center", "clip_on": True}
+    for digit, addend in (sums >= 0).nonzero().tolist():
+        total, accuracy = int(sums[digit, addend]), 100 * shares[digit, addend, digit + addend]
+        wrong = {} if total == digit + addend else {"color": "#B00000", "weight": "bold"}
+        axes.text(addend, digit - 0.1, total, fontsize=14, **wrong, **style)
+        if accuracy < 99.95:
+            axes.text(addend, digit + 0.3, f"{accuracy:.1f} %", fontsize=8, **style)
+    return figure
+
+
+def samples_figure(predictions, images, addends, title, note):
+    """The first test images, each with one addend."""
+    pairs = list(enumerate(addends[:MAX_SAMPLES].tolist()))
+    cells = [sum_cell(predictions, images, *pair) for pair in pairs]
     heading = f"Predictions for the first {len(cells)} test images"
-    return _image_grid(cells, heading, title, "Above: predicted digit + addend = predicted sum.")
+    return image_grid(cells, heading, title, f"Predicted digit + addend = predicted sum.{note}")
 
 
-def _mistakes_figure(predictions, images, disputed, title, label_smoothing):
-    """The test images with a wrong predicted digit, the highest confidence first."""
-    cells, errors = [], predictions.most_confident_errors(MAX_MISTAKES)
-    for i, digit, confidence in zip(*(values.tolist() for values in errors), strict=True):
-        above = f"{digit}, label: {predictions.digits[i]}"
-        below = f"confidence {100 * confidence:.2f} %\ntest image {i}"
-        below += "\nlabel disputed" if i in disputed else ""
-        cells.append((images[i], above, below, False))
-    if not cells:
-        return new_figure("No test errors: every digit is correct", title, height=1.0)
-    note = "Above: predicted digit and label. Confidence: mean probability over the ten addends."
-    if label_smoothing:
-        target = 100 * (1 - label_smoothing * (1 - 1 / NUM_DIGITS))
-        note += f"\nThe target in training is {target:.0f} % (label smoothing {label_smoothing:g})."
+def sum_cell(predictions, images, index, addend):
+    """A cell of `image_grid`: predicted digit and sum, and their probabilities."""
+    (digit_p, digit), (sum_p, total) = (p[index, addend].exp().max(dim=0) for p in predictions[:2])
+    true = int(predictions.digits[index])
+    correct = (digit, total) == (true, true + addend)
+    below = f"digit {100 * digit_p:.1f} %\nsum {100 * sum_p:.1f} %"
+    below += "" if correct else f"\ncorrect: {true} + {addend} = {true + addend}"
+    return images[index], f"{digit} + {addend} = {total}", below, correct
+
+
+def mistakes_figure(predictions, images, disputed, title, note):
+    """The most confident mistakes: misread digits, then a row of wrong sums of correct digits."""
+    mistakes, wrong_sums = predictions.mistakes(disputed), predictions.wrong_sums()
+    cells = []
+    for index, label, predicted, confidence, is_disputed in mistakes[:MAX_MISTAKES]:
+        below = f"{100 * confidence:.1f} %\nimage {index}"
+        below += "\nlabel disputed" if is_disputed else ""
+        cells.append((images[index], f"{predicted}, label {label}", below, False))
+    cells += [None] * (-len(cells) % COLUMNS)
+    cells += [sum_cell(predictions, images, *pair) for pair in wrong_sums[:COLUMNS].tolist()]
+    heading = f"Most confident mistakes: {len(mistakes):,} of {len(images):,} digits, and "
+    heading += f"{len(wrong_sums):,} of {10 * len(images):,} sums although the digit is correct"
+    note = f"Digits: mean probability over the ten addends.{note}"
     note += " Disputed: see Northcutt et al. 2021, labelerrors.com." if disputed else ""
-    return _image_grid(cells, "Test errors with the highest confidence", title, note)
+    return image_grid(cells, heading, title, note)
 
 
-def _image_grid(cells, heading, title, note):
-    """Cells (image, text above, text below, correct) in rows of COLUMNS."""
+def image_grid(cells, heading, title, note):
+    """Cells (image, text above, text below, correct), or None, in rows of COLUMNS."""
     rows = math.ceil(len(cells) / COLUMNS)
-    figure = new_figure(heading, title, 1.0 + 2.4 * rows, note)
-    for i, (image, above, below, correct) in enumerate(cells, start=1):
-        axes = figure.add_subplot(rows, COLUMNS, i, xticks=[], yticks=[], xlabel=below)
+    figure = new_figure(heading, title, 1.0 + 1.9 * rows, note)
+    for i, (image, above, below, correct) in filter(lambda c: c[1], enumerate(cells, start=1)):
+        axes = figure.add_subplot(rows, COLUMNS, i, xticks=[], yticks=[])
+        axes.set_xlabel(below, fontsize=8)
         axes.imshow(image.numpy(), cmap="Greys", vmin=0, vmax=255)
-        axes.set_title(f"{'✓' if correct else '✗'} {above}", fontsize=12)
+        axes.set_title(f"{'✓' if correct else '✗'} {above}", fontsize=11)
         axes.spines[:].set(color=CORRECT_COLOR if correct else WRONG_COLOR, linewidth=3)
     return figure

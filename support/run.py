@@ -30,8 +30,9 @@ from support.errors import DivergedError, Interrupted, UserError
 from support.files import lock_directory, write_atomic
 
 BEST, LOG = "best.pt", "log.txt"
-PLOTS = ("loss.png", "accuracy.png", "confusion_matrix.png", "predictions.png", "mistakes.png")
-RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", *PLOTS)
+PLOTS = ("loss", "accuracy", "addition", "confusion_matrix", "predictions", "mistakes")
+RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", "mistakes.csv")
+RUN_FILES += tuple(f"{name}.png" for name in PLOTS)
 
 
 def start(argv, description, recipes):
@@ -206,7 +207,10 @@ class Run:
             for split, part in predictions.items():
                 log(metrics.result_line(split, part.metrics(), self.info["note"]))
             return
-        self.predictions, test = predictions, predictions["test"].metrics()
+        self.predictions, test = (
+            predictions,
+            predictions["test"].metrics(self.recipe.label_smoothing),
+        )
         seconds = sum(row["train_seconds"] for row in self.history)
         if distributed.rank() == 0 and not (self.path / "results.json").exists():
             total = time.perf_counter() - self.start_time
@@ -235,6 +239,11 @@ class Run:
     def save_json(self, name, value):
         self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
+    def save_csv(self, name, columns, rows):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        self.write(name, text.getvalue().encode())
+
     def save_checkpoint(self, name):
         content = {
             "flags": self.flags,
@@ -254,15 +263,12 @@ class Run:
         scores = [row.get("val_both_accuracy", 0.0) for row in self.history]  # 0: never better
         if scores[-1] > max(scores[:-1], default=0.0):
             self.save_checkpoint(BEST)
-        text = io.StringIO()
-        rows = [self.history[0].keys(), *map(dict.values, self.history)]
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        self.write("metrics.csv", text.getvalue().encode())
+        self.save_csv("metrics.csv", self.history[0].keys(), map(dict.values, self.history))
         settings = {"flags": self.flags, "recipe": self.recipe.as_plain()}
         self.save_json("args.json", {"command": self.args.command} | self.info | settings)
 
     def save_plots(self):
-        """Draw the plots of the last saved epoch."""
+        """Draw the plots of the last saved epoch, and list the misread images."""
         if not self.predictions or distributed.rank() > 0:
             return
         self.progress.set_postfix_str("drawing plots")
@@ -271,7 +277,10 @@ class Run:
         title += "{test_digit_accuracy:.2%} digit, {test_sum_accuracy:.2%} sum".format(**row)
         title += f" ({self.info['note']})" if self.info["note"] else ""
         shown = test_set.images.cpu(), test_set.addends.cpu(), self.data.disputed, title
-        curves = self.history, self.curve, self.predictions["test"]
+        predictions = self.predictions["test"]
+        rows = predictions.mistakes(self.data.disputed)
+        self.save_csv("mistakes.csv", metrics.MISTAKE_COLUMNS, rows)
+        curves = self.history, self.curve, predictions
         figures = plots.run_figures(*curves, *shown, self.recipe.label_smoothing)
         for name, figure in figures.items():
             self.write(name, plots.as_png(figure))

@@ -54,15 +54,53 @@ def test_confusion_counts_an_image_once_by_its_mean_probability_and_each_of_its_
     assert digit_counts.sum() == 30 and sum_counts.sum() == 300
 
 
-def test_the_most_confident_errors_come_first(predictions):
-    indices, digits, confidences = predictions.most_confident_errors(5)
-    assert 0 < len(indices) <= 5
-    assert (digits != predictions.digits[indices]).all()
-    assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
-    everything = predictions.most_confident_errors(1000)
-    counts, _ = predictions.confusion()
-    assert len(everything[0]) == counts.sum() - counts.trace()
-    assert everything[2][0] == confidences[0] == everything[2].max()
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_objectives_are_the_divergence_from_the_smoothed_targets(predictions, smoothing):
+    metrics = predictions.metrics(smoothing)
+    for name, log_probs, targets in zip(
+        ("digit", "sum"), predictions[:2], predictions.targets(), strict=True
+    ):
+        classes = log_probs.shape[2]
+        smoothed = (1 - smoothing) * F.one_hot(targets, classes) + smoothing / classes
+        expected = F.kl_div(log_probs, smoothed, reduction="sum").item() / 300
+        assert metrics[f"{name}_objective"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_addition_table_counts_the_sums_of_each_digit_and_addend(predictions):
+    digits, _ = predictions.targets()
+    _, sums = predictions.predicted()
+    shares = predictions.addition()
+    for digit in range(10):
+        for addend in range(10):
+            counts = sums[digits[:, 0] == digit, addend].bincount(minlength=19)
+            expected = counts.double() / counts.sum()  # NaN if there is no such digit
+            torch.testing.assert_close(shares[digit, addend], expected, equal_nan=True)
+
+
+def test_all_misread_images_are_mistakes_the_most_confident_first(predictions):
+    mistakes = predictions.mistakes(disputed={0, 1, 2, 3, 4})
+    predicted, probability = predictions.image_digits()
+    for row in mistakes:
+        index, label, prediction, confidence, disputed = row
+        assert label == predictions.digits[index] != prediction == predicted[index]
+        assert confidence == probability[index] and disputed == (index < 5)
+    confidences = [row[3] for row in mistakes]
+    assert confidences == sorted(confidences, reverse=True)
+    assert len(mistakes) == (predicted != predictions.digits).sum() > 0
+
+
+def test_wrong_sums_are_those_of_correct_digits_the_most_confident_first(predictions):
+    pairs = predictions.wrong_sums().tolist()
+    (digits, totals), (predicted_digits, sums) = predictions.targets(), predictions.predicted()
+    expected = [
+        [i, addend]
+        for i in range(30)
+        for addend in range(10)
+        if predicted_digits[i, addend] == digits[i, addend] and sums[i, addend] != totals[i, addend]
+    ]
+    assert sorted(pairs) == expected != []
+    confidences = [predictions.sum_log_probs[i, addend].max() for i, addend in pairs]
+    assert confidences == sorted(confidences, reverse=True)
 
 
 def test_losses_of_an_epoch_are_means_over_images_not_over_batches():

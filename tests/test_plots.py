@@ -1,5 +1,7 @@
 """What the plots of a run say."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ SPLITS = {"train": ("digit", "sum"), "test": ("digit", "sum", "both")}
 
 def history(epochs):
     row = {f"{s}_{name}_accuracy": 0.9 for s, names in SPLITS.items() for name in names}
-    row |= {f"{s}_{name}_loss": 0.2 for s in SPLITS for name in ("digit", "sum")}
+    row |= {f"{s}_{name}_objective": 0.2 for s in SPLITS for name in ("digit", "sum")}
     return [row | {"epoch": epoch} for epoch in range(1, epochs + 1)]
 
 
@@ -43,16 +45,48 @@ def test_every_plot_says_what_it_shows_and_of_which_run():
     assert len(headings) == len(figures) and "" not in headings
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_the_loss_plot_explains_label_smoothing(label_smoothing):
-    text = texts(run_figures(1, label_smoothing)["loss.png"])
-    assert ("label smoothing" in text) == (label_smoothing > 0)
+def test_the_loss_plot_shows_the_objective_of_training_at_its_points_and_of_test_per_epoch():
+    (axes,) = run_figures(2, 0.1)["loss.png"].axes
+    drawn = {line.get_label().split(":")[0]: line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {
+        "digit, train": [[1, 0.3], [2, 0.3]],
+        "sum, train": [[1, 0.4], [2, 0.4]],
+        "digit, test": [[1, 0.2], [2, 0.2]],
+        "sum, test": [[1, 0.2], [2, 0.2]],
+    }
 
 
-def test_the_points_of_a_single_epoch_do_not_overlap():
-    (axes,) = run_figures(1, 0.0)["accuracy.png"].axes
-    points = [tuple(line.get_xdata()) for line in axes.lines]
-    assert len(points) == len(set(points)) == 5
+def test_a_single_epoch_has_a_bar_for_each_error_rate_and_zero_is_visible():
+    row = history(1)[0] | {"test_both_accuracy": 1.0}
+    (axes,) = plots.accuracy_figure([row], TITLE).axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx([10, 10, 10, 10, 0])
+    assert [text.get_text() for text in axes.texts] == ["10.00 %"] * 4 + ["0.00 %"]
+
+
+def test_the_addition_table_has_each_most_frequent_sum_and_only_imperfect_accuracies():
+    shares = torch.zeros(10, 10, 19)
+    for digit, addend in itertools.product(range(10), range(10)):
+        shares[digit, addend, digit + addend] = 1.0
+    shares[3, 4] = F.one_hot(torch.tensor(12), 19) * 0.6 + F.one_hot(torch.tensor(7), 19) * 0.4
+    shares[5] = torch.nan  # no image of a 5
+    (axes,) = plots.addition_figure(shares, TITLE).axes
+    cells = {}
+    for text in axes.texts:
+        addend, digit = map(round, text.get_position())
+        cells[digit, addend] = [*cells.get((digit, addend), []), text.get_text()]
+    expected = {(d, a): [str(d + a)] for d in range(10) if d != 5 for a in range(10)}
+    assert cells == expected | {(3, 4): ["12", "40.0 %"]}
+
+
+def test_wrong_sums_of_correct_digits_are_among_the_mistakes():
+    text = texts(run_figures(1, 0.0)["mistakes.png"])  # the second image: 1 + 1 = 0 and so on
+    assert "✗ 5, label 7" in text and "correct: 1 + 1 = 2" in text
+
+
+def test_predictions_show_their_probabilities():
+    text = texts(run_figures(1, 0.0)["predictions.png"])
+    assert text.count("digit 100.0 %") == 2 and text.count(f"sum {100 / 19:.1f} %") == 2
 
 
 def test_a_disputed_label_is_marked_with_its_source():
@@ -63,5 +97,7 @@ def test_a_disputed_label_is_marked_with_its_source():
 def test_each_row_of_a_prediction_has_its_title():
     image, pixels = Image.new("RGB", (40, 40)), torch.zeros(28, 28).byte().numpy()
     digits, sums = torch.full((2, 10), 0.1), torch.full((2, 19), 1 / 19)
-    figure = plots.prediction_figure([image] * 2, [pixels] * 2, digits, sums, ["one", "two"])
-    assert [row.get_suptitle() for row in figure.subfigs] == ["one", "two"]
+    titles = ["one", r"two $\wrong$.png"]  # no formula
+    figure = plots.prediction_figure([image] * 2, [pixels] * 2, digits, sums, titles)
+    assert [row.get_suptitle() for row in figure.subfigs] == titles
+    assert plots.as_png(figure)

@@ -260,15 +260,16 @@ def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
         assert plot.width == 1500 and plot.height > 500
 
 
-def test_a_plot_shows_the_warnings(command, workdir, monkeypatch):
+def test_a_plot_shows_the_name_and_the_warnings(command, workdir, monkeypatch):
     picture = Image.new("L", (100, 60), 255)
     for left in (20, 70):
         picture.paste(0, (left, 10, left + 6, 50))
-    picture.save(workdir / "two.png")
+    name = os.fsdecode(b"two\xff.png")  # its bytes cannot be drawn
+    picture.save(workdir / name)
     plot, titles = plots.prediction_figure, []
     monkeypatch.setattr(plots, "prediction_figure", lambda *a: titles.extend(a[4]) or plot(*a))
-    assert command("two.png", "--save-picture", "plot.png")[0] == 0
-    assert "\nmore than one digit" in titles[0]
+    assert command(name, "--save-picture", "plot.png")[0] == 0
+    assert titles[0].startswith(r"two\udcff.png: digit") and "\nmore than one digit" in titles[0]
 
 
 def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
