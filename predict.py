@@ -1,13 +1,15 @@
 """Predict digits in images of your own handwriting, and their sums with a number.
 
-python predict.py runs/default five.png --add 7
-python predict.py runs/default *.jpg --json
-python predict.py runs/default --export digits.pt2
-python predict.py runs/default --export digits.onnx
+python predict.py runs/default samples/five.png --add 7
+python predict.py runs/default samples *.jpg --json
+python predict.py runs/default --export digits.pt2 --export digits.onnx
 """
 
 import json
+import os
 import sys
+from glob import escape, glob
+from mimetypes import guess_type
 from pathlib import Path
 
 from inference.export import FORMATS, export
@@ -25,18 +27,20 @@ def parse_args(argv):
     parser = Parser(prog="predict.py", description=__doc__)
     flag = parser.add_argument
     flag("run", help="run directory or checkpoint")
-    text = "image of a digit, in any format that Pillow reads; - for stdin"
+    text = "image of a digit, directory of images, pattern such as *.jpg, or - for stdin"
     flag("image", nargs="*", default=[], help=text)
     text = "addend, 0 to 9 (default: 0)"
     flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
     flag("--json", action="store_true", help="print a JSON list with one object per readable image")
     flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
-    text = "export the network, with a model card; .pt2 is for PyTorch, .onnx for other runtimes"
-    flag("--export", type=Path, metavar="FILE", help=text)
+    text = "export the network: .pt2 for PyTorch, .onnx for other runtimes; repeatable"
+    flag("--export", type=Path, action="append", default=[], metavar="FILE", help=text)
     args = parser.parse_intermixed_args(argv)  # flags may come between the run and the images
+    args.image = [file for name in args.image for file in expand(name)]
     if not args.image and not args.export:
         parser.error("nothing to do: give an image or --export")
-    for path, suffixes in ((args.save_picture, [".png"]), (args.export, FORMATS)):
+    outputs = [(args.save_picture, [".png"]), *((path, FORMATS) for path in args.export)]
+    for path, suffixes in outputs:
         if path and path.suffix not in suffixes:
             parser.error(f"{path} does not end in {' or '.join(suffixes)}")
     if args.save_picture and args.save_picture.resolve() in [Path(p).resolve() for p in args.image]:
@@ -44,6 +48,17 @@ def parse_args(argv):
     if args.save_picture and len(args.image) > MAX_PLOTTED:
         parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")
     return args
+
+
+def expand(name):
+    """The files that an argument means: itself, the images in a directory, a pattern's matches."""
+    if os.path.isdir(name):
+        files = sorted(glob(os.path.join(escape(name), "*")))
+        types = {file: str(guess_type(file, strict=False)[0]) for file in files}
+        return [file for file in files if types[file].startswith("image/")] or [name]
+    if os.path.lexists(name):
+        return [name]
+    return [file for match in sorted(glob(name)) for file in expand(match)] or [name]
 
 
 @exit_status
@@ -54,10 +69,10 @@ def main(argv):
     predictor = Predictor(model, checkpoint["recipe"])
     if caveat := training_caveat(checkpoint["flags"]):
         warn(f"warning: the network was trained on {caveat}")
-    if args.export:
+    for file in args.export:
         data = training_caveat(checkpoint["flags"]) or "MNIST"
         report = warn if args.json else log  # stdout is for the JSON
-        for path in export(args.export, predictor, checkpoint, data):
+        for path in export(file, predictor, checkpoint, data):
             report(f"exported {path}")
 
     files, originals, prepared = [], [], []
@@ -65,6 +80,8 @@ def main(argv):
         try:
             if file == "-" and not sys.stdin:
                 raise UserError("stdin is closed")
+            if os.path.isdir(file):
+                raise UserError("no images in this directory")
             image = read_picture(sys.stdin.buffer if file == "-" else file)
         except UserError as error:
             warn(f"error: {file}: {error}")

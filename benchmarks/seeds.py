@@ -17,6 +17,7 @@ import json
 import math
 import statistics
 import sys
+from argparse import ArgumentTypeError
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from recipes import RECIPES, recipe_from_args
 from support import plots
 from support.augment import Affine
 from support.checkpoint import LAST
-from support.cli import Parser, exit_status, number, parse_train_args
+from support.cli import Parser, exit_status, number, parse_train_args, train_parser
 from support.device import pick_device
 from support.errors import UserError
 
@@ -49,9 +50,13 @@ from support.errors import UserError
 FILES = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
 CODE = sorted(path for path in FILES if path.parent in (ROOT, ROOT / "support", ROOT / "published"))
 OUTPUTS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
+# Ranges of the recipe's numbers that have no flag in train.py.
+RANGES = {"loss_weight": number(float, 0, 100), "label_smoothing": number(float, 0, 0.9)}
+RANGES |= {"clean_epochs": number(int, 0, 100_000)}
+RANGES |= {"mean": number(float, 0, 1), "std": number(float, 0.001, 100)}
 COMPARISON = """\
-Accuracies in percent, median seconds of training. Compared: mean difference from the first row over
-runs with the same seed ± standard error of that mean."""
+Accuracies on {} images in percent, median seconds of training. Compared: mean difference from the
+first row over runs with the same seed ± standard error of that mean."""
 
 
 def vary(recipe, changes):
@@ -71,9 +76,14 @@ def vary(recipe, changes):
             raise UserError(f"--vary {change}: {column} is given twice", status=2)
         if column not in recipe.as_plain():
             raise UserError(f"--vary {change}: recipes have no column {column!r}", status=2)
+        if column == "val_size":
+            message = "rows must be measured on the same images; pass --val-size after --"
+            raise UserError(f"--vary {change}: {message}", status=2)
         try:
             columns[column] = parse_value(recipe, column, text)
-        except (KeyError, TypeError) as error:
+        except UserError as error:
+            raise UserError(f"--vary {change}: {error}", status=2) from error
+        except (ArgumentTypeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"--vary {change}: invalid value for {column}", status=2) from error
     varied = replace(recipe, **columns)
     try:  # now, not after hours of training other rows
@@ -84,17 +94,23 @@ def vary(recipe, changes):
 
 
 def parse_value(recipe, column, text):
-    """The new value of a recipe's column. Raises KeyError or TypeError if it is invalid."""
-    if column in ("encoder", "head", "schedule", "addends"):
+    """The new value of a recipe's column. Raises one of several errors if it is invalid."""
+    parser = train_parser()
+    if column in vars(parser.parse_args([])):  # a flag has the name of its column
+        return getattr(parser.parse_args([f"--{column.replace('_', '-')}={text}"]), column)
+    if column in RANGES:
+        return RANGES[column](text)
+    if column in ("encoder", "head", "schedule"):
         values = {getattr(recipe, column) for recipe in RECIPES.values()}
-        return {getattr(value, "__name__", value): value for value in values}[text]
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    if isinstance(value, str) != isinstance(getattr(recipe, column), str):
+        return {value.__name__: value for value in values}[text]
+    if column == "optimizer":
+        return text
+    value = json.loads(text)
+    if column == "affine":
+        return None if value is None else Affine(*map(number(float, 0, 90), value))
+    if type(value) is not type(getattr(recipe, column)):
         raise TypeError
-    return Affine(*value) if column == "affine" and value is not None else value
+    return value
 
 
 def conditions(flags):
@@ -115,13 +131,14 @@ def work_directory(recipe, conditions):
     return BENCHMARKS / "seeds" / digest.hexdigest()[:12]
 
 
-def train_once(name, seed, directory, flags):
+def train_once(name, recipe, seed, directory, flags):
     """Train a row of the table, unless an earlier call has; returns results.json as a dict."""
     if not (directory / "results.json").exists():
         unfinished = (directory / LAST).exists()
         place = ["--resume" if unfinished else "--output-dir", str(directory)]
         with redirect_stdout(io.StringIO()):
-            status = train.main(["--recipe", name, "--seed", str(seed), "--quiet", *place, *flags])
+            argv = ["--recipe", name, "--seed", str(seed), "--quiet", *place, *flags]
+            status = train.main(argv, recipes={name: recipe})
         if status:
             message = f"{name}: training with seed {seed} did not finish"
             raise UserError(f"{message}; the same command continues", status)
@@ -136,13 +153,19 @@ def read_accuracies(directory, results, split):
     return accuracies | ({"consistency": results["test"]["consistency"]} if split == "test" else {})
 
 
+def measured_on(val_size):
+    """The kind of images on which accuracies are measured."""
+    return "validation" if val_size else "test"
+
+
 def run_seed(name, recipe, seed, directory, flags):
     """Train a row with a seed and print its accuracies; returns results.json and these."""
-    results = train_once(name, seed, directory / f"seed-{seed}", flags)
+    results = train_once(name, recipe, seed, directory / f"seed-{seed}", flags)
     split = "val" if recipe.val_size else "test"
     accuracies = read_accuracies(directory / f"seed-{seed}", results, split)
     text = "  ".join(f"{key} {100 * value:.3f} %" for key, value in accuracies.items())
-    print(f"{name}  seed {seed}  {text}  {results['train_seconds']:.1f} s", flush=True)
+    where = f"on {measured_on(recipe.val_size)} images"
+    print(f"{name}  seed {seed}  {text}  {where}  {results['train_seconds']:.1f} s", flush=True)
     return results, accuracies
 
 
@@ -168,7 +191,8 @@ def report(name, row):
     """Text on the accuracies and the cost of a row."""
     cost = f"{row['parameters']:,} parameters, {row['training_flops']:.2e} FLOPs"
     cost += f", {row['median_train_seconds']:.1f} s of training (median)"
-    lines = [f"{name}: {row['dataset']}, epochs: {row['settings']['epochs']}, {cost}"]
+    images = f"{measured_on(row['settings']['val_size'])} images"
+    lines = [f"{name}: {row['dataset']}, {images}, epochs: {row['settings']['epochs']}, {cost}"]
     for key, values in row["metrics"].items():
         shown = [what for what in ("mean", "sd", "min", "max") if values[what] is not None]
         percent = [f"{what} {100 * values[what]:.3f}" for what in shown]
@@ -225,7 +249,7 @@ def main(argv):
     directories = {name: work_directory(recipe, shared) for name, recipe in rows.items()}
     runs = {name: [] for name in rows}
     # Plots that nobody looks at would take longer than some runs.
-    with patch.dict(RECIPES, rows), patch.object(plots, "run_figures", lambda *args: {}):
+    with patch.object(plots, "run_figures", lambda *args: {}):
         for seed in range(args.seeds):
             for name, recipe in rows.items():  # inner loop: a busy machine slows all rows down
                 run = run_seed(name, recipe, seed, directories[name], args.flags)
@@ -234,7 +258,8 @@ def main(argv):
         results["rows"][name] = summarize(recipe, runs[name])
         print(report(name, results["rows"][name]), flush=True)
     if args.vary:
-        print("", comparison(results["rows"]), "", COMPARISON, sep="\n")
+        note = COMPARISON.format(measured_on(rows[args.recipe].val_size))
+        print("", comparison(results["rows"]), "", note, sep="\n")
     name = f"{args.recipe}-ablation.json" if args.vary else f"{args.recipe}.json"
     save_json(args.output or BENCHMARKS / name, results)
     return 0

@@ -4,10 +4,12 @@ python -m benchmarks.speed accuracy --recipe fast --peer ../examples
 python -m benchmarks.speed limit --recipe default
 python -m benchmarks.speed growth --recipe fast
 python -m benchmarks.speed processes --recipe fast
+python -m benchmarks.speed busy --recipe fast
 
 Each run is train.py in a process of its own; flags of train.py go after --. Needs POSIX's wait4.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +45,8 @@ from support.errors import UserError
 TARGET = 0.99  # test accuracy of both outputs
 ACCURACIES = ("digit_accuracy", "sum_accuracy")
 EPOCHS = ("--epochs", "3")  # unless given; their median is used
+# Equal to libgomp's defaults: idle threads spin for milliseconds before they sleep.
+LIBGOMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "300000"}
 
 
 class Run(NamedTuple):
@@ -54,15 +59,16 @@ class Run(NamedTuple):
     peak_bytes: int  # memory of the largest process
 
 
-def train(recipe, flags, processes=1):
+def train(recipe, flags, processes=1, environment=os.environ):
     """Train in a new process, or with torchrun in several that share the threads; returns a Run."""
     with tempfile.TemporaryDirectory() as directory:
-        return run_train(recipe, flags, directory, processes)
+        return run_train(recipe, flags, directory, processes, environment)
 
 
-def run_train(recipe, flags, directory, processes=1):
+def run_train(recipe, flags, directory, processes=1, environment=os.environ):
     """See `train`; the files of the run are left in `directory`."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() // processes or 1)}
+    threads = torch.get_num_threads() // processes or 1
+    environment = {**environment, "OMP_NUM_THREADS": str(threads)}
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py")]
     command += ["--recipe", recipe, "--output-dir", directory, "--quiet", *flags]
@@ -194,8 +200,9 @@ def growth(args):
     """
     if train_args(args).val_size is not None:
         raise UserError("growth sets --val-size itself", status=2)
-    rows = []
-    for images in (TRAIN_IMAGES // part for part in (8, 4, 2, 1)):
+    rows, sizes = [], [TRAIN_IMAGES // part for part in (8, 4, 2, 1)]
+    print(f"training on {', '.join(f'{n:,}' for n in sizes)} images in turn", flush=True)
+    for images in sizes:
         run = train(args.recipe, [*EPOCHS, "--val-size", str(TRAIN_IMAGES - images), *args.flags])
         seconds = statistics.median(run.epoch_seconds)
         rows.append({"images": images, "epoch_seconds": seconds, "peak_bytes": run.peak_bytes})
@@ -235,6 +242,42 @@ def processes(args):
     return run, section
 
 
+def busy(args):
+    """Training time alone and beside a busy process, with our thread settings and torch's."""
+    # The program sets both variables where the user has not.
+    ours = {name: value for name, value in os.environ.items() if name not in LIBGOMP}
+    environments = {"ours": ours, "torch": ours | LIBGOMP}
+    seconds = {name: {"alone": [], "beside": []} for name in environments}
+    for seed in range(args.seeds):
+        for name, place in itertools.product(environments, ("alone", "beside")):
+            with busy_process() if place == "beside" else nullcontext():
+                flags = ["--seed", str(seed), *args.flags]
+                run = train(args.recipe, flags, environment=environments[name])
+            seconds[name][place].append(sum(run.epoch_seconds))
+            last = f"{seconds[name][place][-1]:.1f} s of training"
+            print(f"seed {seed}  {name}  {place}  {last}", flush=True)
+    section = {"seconds": seconds, "beside_to_alone": {}}
+    for name, row in seconds.items():
+        alone, beside = map(statistics.median, row.values())
+        section["beside_to_alone"][name] = beside / alone
+        text = f"median {alone:.1f} s alone, {beside:.1f} s beside a busy process"
+        print(f"{name}: {text}, {beside / alone:.2f} times as long")
+    alone = {name: statistics.median(row["alone"]) for name, row in seconds.items()}
+    section["ours_to_torch_alone"] = ratio = alone["ours"] / alone["torch"]
+    print(f"alone, ours takes {ratio:.2f} times as long as torch")
+    return run, section
+
+
+@contextmanager
+def busy_process():
+    """Another process that keeps one core busy."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 def train_args(args):
     """The flags of train.py after --, parsed."""
     return parse_train_args(args.flags)
@@ -244,14 +287,14 @@ def parse_args(argv):
     """Parse the command line; `args.measure` is the function of the measurement."""
     parser = Parser(prog="speed.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for measure in (accuracy, limit, growth, processes):
+    for measure in (accuracy, limit, growth, processes, busy):
         text = measure.__doc__.splitlines()[0]
         command = commands.add_parser(measure.__name__, help=text, description=text)
         command.set_defaults(measure=measure)
         flag = command.add_argument
         text = "row of the table in recipes.py (default: %(default)s)"
         flag("--recipe", choices=RECIPES, default="fast", metavar="NAME", help=text)
-        if measure in (accuracy, processes):
+        if measure in (accuracy, processes, busy):
             text = "number of seeds: 0 to N - 1 (default: %(default)s)"
             flag("--seeds", type=number(int, 1, 10_000), default=5, metavar="N", help=text)
         if measure is accuracy:

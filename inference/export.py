@@ -7,19 +7,17 @@ from pathlib import Path
 
 import torch
 
+from support.console import printable
 from support.constants import SIDE
 from support.errors import UserError
 from support.files import write_atomic
 
 PT2_CODE = """import torch
 model = torch.export.load({name!r}).module()
-pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)  # light on dark; any batch size
-digit_probabilities, sum_probabilities = model(pixels, torch.tensor([7]))  # (1, 10), (1, 19)"""
-ONNX_CODE = """import numpy as np, onnxruntime
+digits, sums = model(torch.from_numpy(pixels), torch.from_numpy(addends))"""
+ONNX_CODE = """import onnxruntime
 session = onnxruntime.InferenceSession({name!r})
-pixels = np.zeros((1, 28, 28), np.uint8)  # light on dark; any batch size
-inputs = {{"pixels": pixels, "addend": np.array([7], np.int64)}}
-digit_probabilities, sum_probabilities = session.run(None, inputs)  # (1, 10), (1, 19)"""
+digits, sums = session.run(None, {{"pixels": pixels, "addend": addends}})"""
 FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: code for the model card
 
 
@@ -37,7 +35,7 @@ def export(path, predictor, checkpoint, data):
             node.meta.pop("stack_trace", None)  # contains paths of this machine
     write_atomic(path, as_onnx(program) if path.suffix == ".onnx" else as_pt2(program))
     card, card_path = model_card(path, checkpoint, data), path.with_name(f"{path.name}.md")
-    write_atomic(card_path, card.encode(errors="replace"))  # a file name may not be valid text
+    write_atomic(card_path, card.encode())
     return path, card_path
 
 
@@ -67,6 +65,6 @@ def as_onnx(program):
 def model_card(path, checkpoint, data):
     """The model card of an exported network, in Markdown."""
     template = Path(__file__).with_name("model_card.md").read_text("utf-8")
-    values = checkpoint["history"][-1] | checkpoint["info"]
-    code = FORMATS[path.suffix].format(name=path.name)
-    return template.format(name=path.name, data=data, code=code, **values)
+    values = checkpoint["history"][-1] | checkpoint["info"] | {"name": path.name, "data": data}
+    values = {k: printable(v) if isinstance(v, str) else v for k, v in values.items()}
+    return template.format(code=FORMATS[path.suffix].format(name=path.name), **values)

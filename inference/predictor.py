@@ -48,6 +48,8 @@ class Predictor(torch.nn.Module):
 
     def forward(self, pixels, addends):
         """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels must be uint8, 0 to 255, not {pixels.dtype}")
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
         log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
         # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -19,8 +20,9 @@ def pick_device(args):
     its own GPU, or all use the CPU if there is no GPU; else UserError. Stores in `args` what was
     picked, so that a resumed run has the same precision.
     """
-    several = distributed.world_size() > 1
-    name = args.device
+    np.finfo(np.float64)  # NumPy 1.x warns if this is first called with denormals flushed
+    torch.set_flush_denormal(True)  # where ReLUs stay off, Adam's averages become denormal: slow
+    several, name = distributed.world_size() > 1, args.device
     if name == "auto":
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

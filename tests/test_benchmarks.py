@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,10 @@ def test_an_ablation_compares_equal_seeds_and_resumes(workdir, monkeypatch, caps
         assert row["metrics"]["both"]["n"] == 2 and min(row["each"]["both"]) > 0
     assert base["each"] not in (changed["each"], constant["each"])
     printed = capsys.readouterr().out
+    rows_printed = [
+        line for line in printed.splitlines() if line.startswith(("fast", "label", "sch"))
+    ]
+    assert len(rows_printed) == 9 and all("validation" in line for line in rows_printed)
     assert len(re.findall(r"^\| .* \| [+-]\d\.\d+ ± \d", printed, re.MULTILINE)) == 2
 
     monkeypatch.setattr(seeds.train, "main", None)  # nothing is left to train
@@ -116,7 +121,11 @@ def test_a_single_seed_has_no_spread(workdir, capsys):
 
 BAD_CHANGES = ["no_column=1", "schedule=none", "affine=3", "head=Missing", "addends=never"]
 BAD_CHANGES += ["lr=null", "optimizer=Missing", "optimizer=SGD"]  # SGD has no betas
-BAD_CHANGES += ["lr=0.1 lr=0.1"]
+BAD_CHANGES += ["lr=0.1 lr=0.1", "val_size=100"]
+# Outside the ranges of train.py's flags, or of columns without a flag.
+BAD_CHANGES += ["epochs=0", "lr=Infinity", "lr=NaN", "batch_size=64.5", "weight_decay=-1"]
+BAD_CHANGES += ["label_smoothing=2", "std=0", "clean_epochs=1.5", "drop_last=3"]
+BAD_CHANGES += ["affine=[9,Infinity,0.1,9]"]
 
 
 @pytest.mark.parametrize("changes", BAD_CHANGES)
@@ -178,7 +187,7 @@ def fixed_times(monkeypatch):
     """Runs that take 2 s and 1 ms per image; two processes take half as long."""
 
     def train(recipe, flags, processes=1):
-        args = speed.train_parser().parse_args(flags)
+        args = speed.parse_train_args(flags)
         row = RECIPES[recipe].as_plain() | {"val_size": args.val_size or 0}
         seconds = [(2 + 1e-3 * (60_000 - row["val_size"])) / processes] * (args.epochs or 1)
         test = {"digit_accuracy": 0.992 + 0.002 * args.seed, "sum_accuracy": 0.991}
@@ -229,6 +238,29 @@ def test_processes_are_compared_over_equal_seeds(measure, fixed_times):
     assert one["digit_accuracy"]["mean"] == pytest.approx(0.993) and one["sum_accuracy"]["n"] == 2
     assert section["gradient_bytes_per_step"] == 4000
     assert section["flops_per_step"] == 6 * 128 * sum(BY_HAND["fast"])
+
+
+def test_times_beside_a_busy_process(measure, fixed_times, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the program's own setting is measured, not this one
+    started, train = [], speed.train
+    times = {(None, 0): 11, (None, 1): 16.5, ("300000", 0): 10, ("300000", 1): 40}
+
+    def start(command):
+        started.append(subprocess.Popen(command))
+        return started[-1]
+
+    def train_beside(recipe, flags, environment):
+        running = sum(process.poll() is None for process in started)
+        seconds = times[environment.get("GOMP_SPINCOUNT"), running]
+        return train(recipe, flags)._replace(epoch_seconds=[seconds])
+
+    monkeypatch.setattr(speed, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(speed, "train", train_beside)
+    section = measure("busy --recipe fast --seeds 3")
+    assert section["seconds"]["torch"] == {"alone": [10] * 3, "beside": [40] * 3}
+    assert section["beside_to_alone"] == {"ours": 1.5, "torch": 4}
+    assert section["ours_to_torch_alone"] == 1.1
+    assert len(started) == 6 and all(process.poll() is not None for process in started)
 
 
 def test_the_gpu_benchmark(small_job, workdir):

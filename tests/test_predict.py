@@ -136,6 +136,41 @@ def test_several_pictures_are_recognized_and_labeled_with_their_names(command, p
     assert [line.split(":")[0] for line in lines.splitlines()] == ["0.png", "1.png", "2.png"]
 
 
+def test_a_pattern_means_its_matches_and_a_directory_its_pictures(command, pictures, workdir):
+    """In shells that leave patterns to the program, as on Windows."""
+    directory = workdir / "photos [1]"
+    directory.mkdir()
+    names = ["3.png", "2 [x].PNG", "notes.txt"]
+    for name in names:
+        shutil.copy("0.png", directory / name)
+
+    def files(*arguments):
+        return [one["file"] for one in json.loads(command(*arguments, "--json")[1])]
+
+    assert files("1?.png") == [f"1{i}.png" for i in range(10)]
+    inside = [str(directory / name) for name in ("2 [x].PNG", "3.png")]
+    assert files(directory, "1.png") == [*inside, "1.png"]
+    assert files("photos*") == files("photos [1]") == [os.path.relpath(file) for file in inside]
+    assert files(directory / "2 [x].PNG") == inside[:1]  # a file, although it looks like a pattern
+    (workdir / "empty").mkdir()
+    for nothing in ("empty", "*.tif"):
+        status, out, err = command(nothing, "0.png")
+        assert status == 1 and re.fullmatch(f"error: {re.escape(nothing)}: [^\n]+\n", err)
+        assert out.startswith("0.png: digit ")
+
+
+@pytest.mark.parametrize("name, digit", [("five", 5), ("two", 2), ("nine", 9)])
+def test_the_sample_pictures_are_recognized(name, digit, capsys):
+    sample = ROOT / "samples" / f"{name}.png"
+    assert predict.main([str(ROOT / "results" / "tiny.pt"), str(sample), "--add", "7"]) == 0
+    assert re.match(rf"digit {digit} .*  {digit} \+ 7 = {digit + 7} ", capsys.readouterr().out)
+
+
+def test_pixels_that_are_not_uint8_are_refused(trained):
+    with pytest.raises(TypeError, match="uint8"):
+        load_predictor(trained)(DIGITS.data / 255, torch.zeros(40).long())
+
+
 def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
     read, seen, alive = predict.read_picture, [], []
 
@@ -260,6 +295,12 @@ def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
         assert plot.width == 1500 and plot.height > 500
 
 
+def test_plots_do_not_need_the_backend_that_jupyter_sets(trained, pictures, monkeypatch, workdir):
+    monkeypatch.setenv("MPLBACKEND", "missing")
+    done = predict_process(trained, "0.png", "--save-picture", "plot.png")
+    assert (done.returncode, done.stderr) == (0, b"") and (workdir / "plot.png").is_file()
+
+
 def test_a_plot_shows_the_name_and_the_warnings(command, workdir, monkeypatch):
     picture = Image.new("L", (100, 60), 255)
     for left in (20, 70):
@@ -322,17 +363,17 @@ def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(comma
     digit, _ = exported(DIGITS.data, torch.zeros(40).long())
     assert (digit.argmax(dim=1) == DIGITS.targets).sum() >= 36
 
-    names = run_card("digits.pt2.md")
-    assert names["digit_probabilities"].shape == (1, 10)
-    assert names["sum_probabilities"].shape == (1, 19)
+    check_card("digits.pt2.md")
 
 
-def run_card(path):
-    """Check a model card, and run its code; returns the variables."""
+def check_card(path):
+    """Check a model card, and run its code in a directory with a picture of a five."""
     card, names = Path(path).read_text(), {}
     assert "fast" in card and "209,049 parameters" in card
+    pixels = DIGITS.data[DIGITS.targets == 5][0].numpy()
+    Image.fromarray(255 - pixels).resize((280, 280)).save("five.png")
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), names)
-    return names
+    assert (int(names["digits"].argmax()), int(names["sums"].argmax())) == (5, 12)
 
 
 def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trained):
@@ -351,9 +392,7 @@ def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trai
             for ours, theirs in zip(outputs, predictor(batch, addends), strict=True):
                 torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-4, rtol=0)
                 assert (ours.argmax(axis=1) == theirs.numpy().argmax(axis=1)).all()
-    names = run_card("digits.onnx.md")
-    assert names["digit_probabilities"].shape == (1, 10)
-    assert names["sum_probabilities"].shape == (1, 19)
+    check_card("digits.onnx.md")
 
 
 def test_nothing_but_the_result_of_an_onnx_export_is_printed(exported_onnx, trained):
@@ -386,6 +425,20 @@ def test_the_code_of_a_card_is_valid_for_any_file_name(trained, suffix):
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     (name,) = (node.value for node in ast.walk(ast.parse(code)) if is_name(node, suffix))
     assert name == path.name
+
+
+def test_unprintable_characters_are_escaped_in_a_card(trained):
+    change_checkpoint(trained, "info", {"recipe": "tiny\x1b[2J\n# spoofed"})
+    _, checkpoint = load_model(trained)
+    card = export.model_card(Path("a\x1b[31m.pt2"), checkpoint, "MNIST")
+    assert all(line.isprintable() for line in card.splitlines())
+    assert r"tiny\x1b[2J\n# spoofed" in card
+
+
+def test_a_network_is_exported_to_several_files(command):
+    status, out, _ = command("--export", "one.pt2", "--export", "two.pt2")
+    assert status == 0 and out.count("exported ") == 4
+    assert all(Path(f"{name}.pt2{end}").is_file() for name in ("one", "two") for end in ("", ".md"))
 
 
 def is_name(node, suffix):
