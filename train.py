@@ -95,6 +95,7 @@ def main(argv, recipes=RECIPES):
     recipe = recipe_from_args(args, recipes)
     device, autocast = pick_device(args)
     data = load_data(args.dataset, args.data_dir)
+    args.dataset = data.name  # a resumed run has the same
     train_set, eval_sets = make_datasets(data, recipe, args, device)
     torch.manual_seed(args.seed)
     model = move_model(build_model(recipe.encoder, recipe.head, recipe.members), device)

@@ -24,9 +24,9 @@ def load_model(path):
     if name not in RECIPES:
         raise UserError(f"{path}: this version has no recipe {name!r}")
     row = RECIPES[name].as_plain()
-    if any(saved.get(column) != row[column] for column in ("encoder", "head")):
+    if any(saved.get(column) != row[column] for column in ("encoder", "head", "members")):
         raise UserError(f"{path}: recipe {name!r} of this version has a different network")
-    model = build_model(RECIPES[name].encoder, RECIPES[name].head)
+    model = build_model(RECIPES[name].encoder, RECIPES[name].head, RECIPES[name].members)
     restore(checkpoint, model)
     return model.eval(), checkpoint
 
