@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -155,7 +156,7 @@ def test_log_txt_has_the_commands_and_all_lines_of_each_invocation(job):
         "python train.py --recipe fast --batch-size 100 --device cpu",
         "python train.py --resume runs/fast --epochs 2",
     ]
-    assert log.count(torch.__version__) == 2
+    assert log.count(read_json("runs/fast")["versions"]["torch"]) == 2
     assert {*first.splitlines(), *second.splitlines()} <= {*log.splitlines()}
     assert log.index(commands[1]) > log.index("saved ")
     assert read_json("runs/fast", "args.json")["command"] == commands[1]
@@ -269,6 +270,7 @@ def test_synthetic_digits_are_marked_everywhere(job, workdir, monkeypatch):
     assert "NOT MNIST" in out.split("result")[1]
     results = read_json("runs/fast")
     assert results["dataset"] == "synthetic" and "NOT MNIST" in results["note"]
+    shutil.rmtree("data")
     (workdir / "mnist").rename("data")  # a run never changes its dataset
     for flags in ("", "--data-dir data"):
         status, out, err = job("--resume", "runs/fast", "--eval-only", *flags.split())
