@@ -28,7 +28,7 @@ class Predictions(NamedTuple):
 
     @classmethod
     def merged(cls, outputs, digits, start_time):
-        """From the outputs of `classify_all` for the batches of each process; equal on all."""
+        """Merge the outputs of `classify_all` for the batches of all processes, on each of them."""
         merged = [
             distributed.merge_rows(torch.cat(parts), len(digits)).cpu()
             for parts in zip(*outputs, strict=True)

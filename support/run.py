@@ -142,22 +142,23 @@ class Run:
         self.log(f"run      {self.path}")
 
     def __exit__(self, kind, error, traceback):
+        saved = not self.args.eval_only and (self.path / LAST).exists()
         try:
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt) and not self.args.eval_only:
                 self.status = 128 + getattr(error, "signum", signal.SIGINT)
-                unsaved = "" if self.history else "; nothing was saved"
+                unsaved = "" if saved else "; nothing was saved"
                 done = f"{len(self.history)}/{self.recipe.epochs}"
                 self.log(f"interrupted after epoch {done}{unsaved}", show=warn)
                 self.save_plots()
-                if self.history:
+                if saved:
                     self.log(f"resume   {self.resume_command()}")
                 return True
-            if error and self.history and not isinstance(error, DivergedError):
+            if error and saved and not isinstance(error, DivergedError):
                 error.add_note(f"resume with: {self.resume_command()}")
             return False
         finally:
             self.contexts.close()
-            if not self.args.eval_only and not (self.path / LAST).exists():
+            if not saved and not self.args.eval_only:
                 with suppress(OSError):
                     (self.path / LOG).unlink(missing_ok=True)
                     self.path.rmdir()
@@ -193,6 +194,7 @@ class Run:
         self.history.append(row)
         self.curve += points
         if distributed.rank() == 0:
+            self.check_directory()
             # First remove results.json of a shorter run: it must never be next to a longer history.
             (self.path / "results.json").unlink(missing_ok=True)
             self.save_checkpoint(LAST)
@@ -230,10 +232,14 @@ class Run:
             with open(self.path / LOG, "a", encoding="utf-8") as file:
                 file.write(f"{printable(text)}\n")
 
-    def write(self, name, content):
-        """Write bytes to a file of the run."""
+    def check_directory(self):
+        """Raise UserError if another directory has the name now."""
         if not os.path.samestat(os.stat(self.path), self.identity):
             raise UserError(f"{self.path} was replaced by another directory")
+
+    def write(self, name, content):
+        """Write bytes to a file of the run."""
+        self.check_directory()
         write_atomic(self.path / name, content)
 
     def save_json(self, name, value):

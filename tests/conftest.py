@@ -1,4 +1,5 @@
 """A small MNIST made of synthetic digits, and train.py in this process."""
+# ruff: noqa: E402
 
 import functools
 import gzip
@@ -11,18 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dataset  # noqa: E402
-import train  # noqa: E402
-from recipes import RECIPES  # noqa: E402
-from support import plots  # noqa: E402
-from support.synthetic import synthetic_mnist  # noqa: E402
+import support  # noqa: F401 (sets environment variables that torch reads when it starts)
+
+# isort: split
+import torch
+from torch import nn
+from torchvision.datasets import MNIST
+
+import dataset
+import train
+from recipes import RECIPES
+from support import plots
+from support.synthetic import synthetic_mnist
 
 TRAIN_IMAGES, TEST_IMAGES = 600, 200
 
@@ -131,6 +136,10 @@ def job(job_with_plots, monkeypatch):
 def toy():
     """An encoder without batch normalization and with few parameters."""
     return nn.Sequential(nn.Conv2d(1, 8, 5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
+def toy_with_dropout():
+    return nn.Sequential(nn.Dropout(0.2), toy())
 
 
 TOY = replace(RECIPES["concat-mlp"], encoder=toy, drop_last=False)

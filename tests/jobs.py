@@ -5,6 +5,8 @@ import functools
 import itertools
 import multiprocessing.forkserver
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -49,6 +51,22 @@ def child(flags, log, mnist, run_figures, prepare):
     if prepare:
         prepare()
     os._exit(train.main(flags))
+
+
+def run_script(launcher, *flags, environment=None):
+    """Run train.py with the small MNIST in a new interpreter, with the options `launcher`."""
+    Path("job.py").write_text(
+        "import sys, conftest, dataset, train\n"
+        f"dataset.SHA256 = {dataset.SHA256!r}\n"
+        "train.RECIPES['toy'] = conftest.TOY\n"
+        "conftest.pytest_configure()\n"
+        "sys.exit(train.main())\n"
+    )
+    command = [sys.executable, *launcher, "job.py", *map(str, flags)]
+    path = f"{conftest.ROOT}{os.pathsep}{conftest.ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, **(environment or {})}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, **options)
 
 
 class Job:
