@@ -7,6 +7,21 @@ python train.py --resume                     # continue the latest unfinished ru
 
 On several GPUs: torchrun --standalone --nproc-per-node 2 train.py
 Checkpoints, metrics and plots are written to a new directory below runs/.
+
+Our recipes, with the mean test accuracy of digit / sum and the training time on two CPU cores with
+bf16 (without it, four to eight times as long):
+
+  default   20 epochs  99.73 / 99.73 %  3 minutes   best accuracy for its cost
+  fast       1 epoch   99.41 / 99.40 %  2 seconds   two convolutions
+  tiny      60 epochs  99.56 / 99.55 %  5 minutes   5,893 parameters
+  ensemble  20 epochs                   17 minutes  six networks of default, averaged
+
+Published systems, described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
+shared-trunk-fixed, concat-linear, concat-linear-fixed, added, added-fixed.
+
+In the results, "both" counts pairs of image and addend with digit and sum correct; "consistent"
+those where the predicted sum is the predicted digit plus the addend. The loss that is printed and
+plotted is what training minimizes, less its minimum.
 """
 
 import sys
@@ -91,9 +106,7 @@ def evaluate_all(model, datasets, autocast, progress):
 @exit_status
 def main(argv, recipes=RECIPES):
     """Parse the flags, start or resume a run, train, report; returns the exit status."""
-    args, checkpoint = start(
-        argv, __doc__, recipes
-    )  # with --resume, the flags are those of the run
+    args, checkpoint = start(argv, __doc__, recipes)  # on resume, the flags are those of the run
     recipe = recipe_from_args(args, recipes)
     device, autocast = pick_device(args)
     data = load_data(args.dataset, args.data_dir)
@@ -105,14 +118,14 @@ def main(argv, recipes=RECIPES):
     check_batch_size(recipe, train_set, model)
 
     with Run(args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint) as run:
-        members = [replicate(member) for member in model.members]
+        replicas = [replicate(member) for member in model.members]
         predictions = None
         for epoch in run.epochs_left():
             augment, steps = epoch <= recipe.epochs - recipe.clean_epochs, 0
-            for i, member in enumerate(members):  # each in turn, with its own order and addends
-                train_set.set_epoch(epoch, i, augment)
+            for member, replica in enumerate(replicas):  # several in an ensemble
+                train_set.set_epoch(epoch, member, augment)
                 steps += train_epoch(
-                    member, optimizer, train_set, recipe, epoch, autocast, run.progress
+                    replica, optimizer, train_set, recipe, epoch, autocast, run.progress
                 )
             predictions = evaluate_all(model, eval_sets, autocast, run.progress)
             run.save_epoch(epoch, steps, predictions)
