@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from dataset import MNISTSum, load_data, split_indices
 from model import build_model
 from recipes import RECIPES, recipe_from_args
-from support.device import move_model, pick_device, replicate
+from support.device import broadcast_buffers, move_model, pick_device, replicate
 from support.metrics import Predictions, StepMetrics
 from support.run import Run, start
 
@@ -96,6 +96,7 @@ def evaluate(model, dataset, autocast):
 
 def evaluate_all(model, datasets, autocast, progress):
     """`evaluate` on each of the datasets, a dict by split."""
+    broadcast_buffers(model)
     predictions = {}
     for split, dataset in datasets.items():
         progress.set_postfix_str(f"evaluating {split}")

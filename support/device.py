@@ -88,3 +88,10 @@ def replicate(model):
     if next(model.parameters()).is_cuda:  # SyncBatchNorm does not run on CPUs
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model)
+
+
+def broadcast_buffers(model):
+    """Copy rank 0's buffers to all: between steps each process has its own running statistics."""
+    if distributed.world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)

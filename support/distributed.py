@@ -50,10 +50,3 @@ def merge_rows(rows, count):
     complete = rows.new_zeros(count, *rows.shape[1:])
     complete[rank() :: world_size()] = rows
     return all_reduce_sum(complete)
-
-
-def broadcast_buffers(model):
-    """Copy rank 0's buffers to all: between steps each process has its own running statistics."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)

@@ -158,7 +158,7 @@ class Run:
             return False
         finally:
             self.contexts.close()
-            if not saved and not self.args.eval_only:
+            if distributed.rank() == 0 and not saved and not self.args.eval_only:
                 with suppress(OSError):
                     (self.path / LOG).unlink(missing_ok=True)
                     self.path.rmdir()
