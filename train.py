@@ -118,7 +118,10 @@ def main(argv, recipes=RECIPES):
     optimizer = make_optimizer(model, recipe)
     check_batch_size(recipe, train_set, model)
 
-    with Run(args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint) as run:
+    run = Run(args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint)
+    if args.eval_only:
+        return run.report(evaluate_all(model, eval_sets, autocast, run.progress))
+    with run:
         replicas = [replicate(member) for member in model.members]
         predictions = None
         for epoch in run.epochs_left():

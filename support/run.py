@@ -68,7 +68,6 @@ class Run:
         self.data, self.datasets = data, {"train": train_set, **eval_sets}
         self.history, self.curve, self.predictions, self.status = [], [], {}, 0
         self.start_time, self.contexts = time.perf_counter(), ExitStack()
-        self.silent = args.quiet or args.eval_only
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.info = {
             "recipe": args.recipe,
@@ -87,6 +86,13 @@ class Run:
         self.flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
         if checkpoint:
             self.restore(checkpoint)
+        steps = len(train_set.batches(recipe.batch_size, recipe.drop_last)) * recipe.members
+        hidden = args.quiet or distributed.rank() > 0 or not sys.stderr
+        self.progress = tqdm(
+            total=steps * (recipe.epochs - len(self.history)),
+            leave=False,
+            disable=hidden or None,  # None hides it if stderr is not a terminal
+        )
 
     def restore(self, checkpoint):
         """Continue after a checkpoint. Raises UserError if it is of a different experiment."""
@@ -101,17 +107,7 @@ class Run:
         self.start_time -= checkpoint["seconds"]  # total_seconds includes the earlier invocations
 
     def __enter__(self):
-        batches = self.datasets["train"].batches(self.recipe.batch_size, self.recipe.drop_last)
-        epochs_left = self.recipe.epochs - len(self.history)
-        hidden = self.silent or distributed.rank() > 0 or not sys.stderr
-        self.progress = tqdm(
-            total=epochs_left * self.recipe.members * len(batches),
-            leave=False,
-            disable=hidden or None,  # None hides it if stderr is not a terminal
-        )
         self.contexts.enter_context(self.progress)
-        if self.args.eval_only:
-            return self
         self.path = Path(distributed.from_rank_0(run_directory, self.args))
         self.contexts.enter_context(interrupted_by_signals())
         if distributed.rank() == 0:
@@ -123,7 +119,7 @@ class Run:
                 raise UserError(f"{self.path} already holds a run; choose another --output-dir")
             self.log(f"command  {self.args.command}", show=None)
             self.log(f"versions {self.info['versions']}", show=None)
-        if epochs_left and not self.silent:
+        if len(self.history) < self.recipe.epochs and not self.args.quiet:
             self.log_header()
         return self
 
@@ -142,9 +138,9 @@ class Run:
         self.log(f"run      {self.path}")
 
     def __exit__(self, kind, error, traceback):
-        saved = not self.args.eval_only and (self.path / LAST).exists()
+        saved = (self.path / LAST).exists()
         try:
-            if isinstance(error, KeyboardInterrupt) and not self.args.eval_only:
+            if isinstance(error, KeyboardInterrupt):
                 self.status = 128 + getattr(error, "signum", signal.SIGINT)
                 unsaved = "" if saved else "; nothing was saved"
                 done = f"{len(self.history)}/{self.recipe.epochs}"
@@ -158,7 +154,7 @@ class Run:
             return False
         finally:
             self.contexts.close()
-            if distributed.rank() == 0 and not saved and not self.args.eval_only:
+            if distributed.rank() == 0 and not saved:
                 with suppress(OSError):
                     (self.path / LOG).unlink(missing_ok=True)
                     self.path.rmdir()
@@ -166,9 +162,9 @@ class Run:
     def epochs_left(self):
         """Yield the epochs to train, counted from 1."""
         first, last = len(self.history) + 1, self.recipe.epochs
-        if first > last and not self.silent:
+        if first > last and not self.args.quiet:
             self.log(f"nothing left to train after epoch {last}/{last}; see --epochs")
-        for epoch in range(first, 1 if self.args.eval_only else last + 1):
+        for epoch in range(first, last + 1):
             self.epoch_start = time.perf_counter()
             self.progress.set_description(f"epoch {epoch}/{last}")
             self.progress.set_postfix_str("")
@@ -200,19 +196,13 @@ class Run:
             self.save_checkpoint(LAST)
             self.save_derived()
         self.predictions = predictions  # only now: those of a saved epoch
-        if not self.silent:
+        if not self.args.quiet:
             self.log(metrics.epoch_line(row, self.recipe.epochs))
 
     def finish(self, predictions):
-        """Print the results of the predictions by split; save those of the test set, and plots."""
-        if self.args.eval_only:
-            for split, part in predictions.items():
-                log(metrics.result_line(split, part.metrics(), self.info["note"]))
-            return
-        self.predictions, test = (
-            predictions,
-            predictions["test"].metrics(self.recipe.label_smoothing),
-        )
+        """Print the result on the test set; save it, and the plots."""
+        self.predictions = predictions
+        test = predictions["test"].metrics(self.recipe.label_smoothing)
         seconds = sum(row["train_seconds"] for row in self.history)
         if distributed.rank() == 0 and not (self.path / "results.json").exists():
             total = time.perf_counter() - self.start_time
@@ -220,8 +210,14 @@ class Run:
             self.save_json("results.json", self.info | {"test": test} | results)
         self.log(metrics.result_line("test", test, self.info["note"], seconds))
         self.save_plots()
-        if not self.silent:
+        if not self.args.quiet:
             self.log(f"saved    {self.path}")
+
+    def report(self, predictions):
+        """Print the results of predictions by split."""
+        for split, part in predictions.items():
+            log(metrics.result_line(split, part.metrics(), self.info["note"]))
+        return 0
 
     def log(self, text, show=log):
         """Print a line, and append it to the log file of the run."""
