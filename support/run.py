@@ -30,9 +30,9 @@ from support.errors import DivergedError, Interrupted, UserError
 from support.files import lock_directory, write_atomic
 
 BEST, LOG = "best.pt", "log.txt"
-PLOTS = ("loss", "accuracy", "addition", "confusion_matrix", "predictions", "mistakes")
-RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", "mistakes.csv")
-RUN_FILES += tuple(f"{name}.png" for name in PLOTS)
+PLOTS = ("loss.png", "accuracy.png", "addition.png")
+PLOTS += ("confusion_matrix.png", "predictions.png", "mistakes.png")
+RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", "mistakes.csv", *PLOTS)
 
 
 def start(argv, description, recipes):
