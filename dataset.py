@@ -8,7 +8,6 @@ and a resumed run needs no saved generator state.
 import gzip
 import hashlib
 import http.client
-import itertools
 import os
 import socket
 import zlib
@@ -26,7 +25,7 @@ from support.augment import affine_matrices, generator, warp
 from support.console import warn
 from support.constants import MEAN, NUM_DIGITS, SIDE, STD
 from support.errors import UserError
-from support.files import lock_directory, write_atomic
+from support.files import lock_directory
 from support.synthetic import synthetic_mnist
 
 # Digests of the unpacked files: torchvision checks only what it downloads.
@@ -182,15 +181,12 @@ def load_data(name, data_dir):
 
 
 def find_file(data_dir, name):
-    """The path of an unpacked or packed file of MNIST in torchvision's layout, or a flatter one."""
-    names = [name, f"{name}.gz"]
-    names += [packed.replace("-idx", ".idx") for packed in names]  # as on Yann LeCun's page
-    for path in itertools.product(
-        (raw_dir(data_dir), Path(data_dir, "raw"), Path(data_dir)), names
-    ):
-        if os.path.lexists(Path(*path)):
-            return Path(*path)
-    return None
+    """The path of an unpacked or packed file of MNIST, in torchvision's layout or a flatter one."""
+    folders = raw_dir(data_dir), Path(data_dir, "raw"), Path(data_dir)
+    names = name, name.replace("-idx", ".idx")  # the latter on Yann LeCun's page
+    files = [f"{file}{suffix}" for file in names for suffix in ("", ".gz")]
+    paths = (folder / file for folder in folders for file in files)
+    return next(filter(os.path.lexists, paths), None)
 
 
 def raw_dir(data_dir):
@@ -202,9 +198,8 @@ def read_mnist(data_dir, prefix):
     images = read_verified(data_dir, f"{prefix}-images-idx3-ubyte")
     labels = read_verified(data_dir, f"{prefix}-labels-idx1-ubyte")
     data = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, SIDE, SIDE)
-    return SimpleNamespace(
-        data=data, targets=torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
-    )
+    targets = torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
+    return SimpleNamespace(data=data, targets=targets)
 
 
 def read_verified(data_dir, name):
@@ -228,9 +223,10 @@ def download(data_dir):
     """Download MNIST with torchvision. If it fails, raises ConnectionError and leaves no file."""
     from torchvision.datasets import MNIST  # not at the top: importing it takes a second
 
-    raw_dir(data_dir).mkdir(parents=True, exist_ok=True)
+    raw = raw_dir(data_dir)
+    raw.mkdir(parents=True, exist_ok=True)
     # One process downloads while the others wait.
-    with lock_directory(raw_dir(data_dir), wait=True), TemporaryDirectory() as temporary:
+    with lock_directory(raw, wait=True), TemporaryDirectory(dir=raw) as temporary:
         if all(find_file(data_dir, name) for name in SHA256):
             return
         warn(f"downloading MNIST to {data_dir}")
@@ -238,11 +234,12 @@ def download(data_dir):
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
         try:
             MNIST(temporary, download=True)
-            files = {name: read_verified(temporary, name) for name in SHA256}
+            for name in SHA256:
+                read_verified(temporary, name)
         except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from error
         finally:
             socket.setdefaulttimeout(timeout)
-        for name, content in files.items():
-            write_atomic(raw_dir(data_dir) / name, content)
+        for name in SHA256:
+            os.replace(raw_dir(temporary) / name, raw / name)
