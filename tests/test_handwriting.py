@@ -2,11 +2,12 @@
 
 import io
 import os
+import zlib
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, PngImagePlugin
 
 from benchmarks.drawings import DRAWINGS, drawing, letterboxed
 from benchmarks.photographs import make_pictures
@@ -311,6 +312,9 @@ BAD = {
         directory / "file", "PNG", exif=b"Exif\0\0damaged"
     ),
     "too many pixels": as_file(png(Image.new("1", (20_000, 20_000)))),
+    "too many pixels with transparency": as_file(png(Image.new("LA", (7_000, 7_000)))),
+    "too narrow": as_file(png(Image.new("1", (1, 89_000_000)))),
+    "without Ghostscript": as_file(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EOF\n"),
     "several pages": lambda directory: seven().save(
         directory / "file", "TIFF", save_all=True, append_images=[seven(ink="red")]
     ),
@@ -327,11 +331,40 @@ REASONS = {
     "1x1": "1 x 1",
 }
 REASONS |= {"a directory": "directory", "cut off": "damaged", "damaged EXIF": "damaged"}
-REASONS |= {"too many pixels": "pixels", "several pages": "several", "animated": "several"}
+REASONS |= {"too many pixels": "too many", "too many pixels with transparency": "too many"}
+REASONS |= {"too narrow": "1 x 89000000", "without Ghostscript": "Ghostscript"}
+REASONS |= {"several pages": "several", "animated": "several"}
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(tmp_path, kind):
+def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
     BAD[kind](tmp_path)
     with pytest.raises(UserError, match=f"^[^\n]*{REASONS[kind]}[^\n]*$"):
         read_picture(str(tmp_path / "file"))
+
+
+def test_a_lack_of_memory_is_not_called_a_damaged_image(monkeypatch):
+    def load(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(UserError, match="memory"):
+        read_picture(io.BytesIO(png(seven())))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
+    stream = io.BytesIO()
+    seven(800).save(stream, "JPEG", quality=95)
+    stream.seek(0)
+    image = read_picture(stream, max_pixels=100_000)
+    assert image.size == (200, 200)
+    assert similar(prepare(image), prepare(seven()))
+
+
+def test_a_chunk_that_does_not_matter_gives_no_warning(recwarn):
+    content = png(seven())
+    chunk = b"acTL" + bytes(8)  # of an animation, without frames
+    chunk = (8).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    image = read_picture(io.BytesIO(content[:33] + chunk + content[33:]))
+    assert similar(prepare(image), prepare(seven())) and not recwarn.list
