@@ -10,6 +10,7 @@ import io
 import json
 import re
 import secrets
+import select
 import socket
 import sys
 import threading
@@ -20,14 +21,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 from inference.handwriting import prepare, read_picture
-from inference.predictor import (
-    UNSURE,
-    Predictor,
-    load_model,
-    make_record,
-    predict,
-    training_caveat,
-)
+from inference.predictor import UNSURE, Predictor, load_model, make_record, predict, training_caveat
 from support.args import Parser, number
 from support.console import exit_status, log, warn
 from support.errors import UserError
@@ -87,16 +81,15 @@ class Network:
         self.predictor, self.stages = Predictor(model, checkpoint["recipe"]), []
         for layer in getattr(model, "members", [model])[0].encoder.children():
             layer.register_forward_hook(self.record_maps)
-        epochs, last = len(checkpoint["history"]), checkpoint["history"][-1]
-        text = f"{checkpoint['flags']['recipe']}, {epochs} epoch{'s' * (epochs > 1)}, "
-        text += f"test accuracy {100 * last['test_digit_accuracy']:.2f} % ({name})"
+        recipe, history = checkpoint["flags"]["recipe"], checkpoint["history"]
+        text = f"{recipe}, {len(history)} epoch{'s' * (len(history) > 1)}, "
+        text += f"{100 * history[-1]['test_digit_accuracy']:.2f} % test accuracy ({name})"
         self.texts = {"name": text, "caveat": training_caveat(checkpoint["flags"])}
 
     def record_maps(self, layer, inputs, output):
-        """A hook that records the feature maps of a layer: at most 16, the strongest first.
+        """A hook: record at most 16 feature maps of a layer, those with the largest range first.
 
-        Strong ones have a large range of values. A layer without weights, such as pooling, replaces
-        the maps of the layer before it.
+        Those of a layer without weights, such as pooling, replace those of the layer before it.
         """
         has_weights = any(parameter.ndim > 1 for parameter in layer.parameters())
         if output.ndim == 4 and output.shape[-1] > 1 and (has_weights or self.stages):
@@ -112,8 +105,8 @@ class Network:
         (digits,), (sums,) = predict(self.predictor, [prepared], addend)
         record = make_record("-", prepared, digits, sums, addend)
         record |= {"digit_probabilities": digits.tolist(), "sum_probabilities": sums.tolist()}
-        record |= {"unsure": digits.max().item() < UNSURE, "stages": self.stages}
-        return record | {"pixels": prepared.pixels.tolist()}
+        record |= {"pixels": prepared.pixels.tolist(), "stages": self.stages}
+        return record | {"unsure": UNSURE}
 
 
 class Server(ThreadingTCPServer):
@@ -150,13 +143,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def client_is_gone(self):
-        self.connection.settimeout(0)  # don't wait
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:  # it is waiting for the reply
-            return False
-        finally:
-            self.connection.settimeout(None)
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return readable and not self.connection.recv(1, socket.MSG_PEEK)
 
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":

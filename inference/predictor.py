@@ -44,14 +44,13 @@ class Predictor(torch.nn.Module):
     def __init__(self, model, recipe):
         super().__init__()
         self.model, self.recipe = model.requires_grad_(False), recipe
-        device = next(model.parameters()).device
-        blank = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8, device=device)
-        self(blank, torch.zeros(1, dtype=torch.int64, device=device))
+        blank = next(model.parameters()).new_zeros(1, SIDE, SIDE)
+        self(blank.byte(), blank[:, 0, 0].long())
 
     def forward(self, pixels, addends):
         """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19).
 
-        Raises UserError if they are not numbers (so does the constructor, which tries it).
+        Raises UserError if they are not numbers, as does the constructor, which tries it.
         """
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
         log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
