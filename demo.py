@@ -4,11 +4,13 @@ python demo.py                           # the latest run, or results/tiny.pt if
 python demo.py runs/default --port 8080
 """
 
+import base64
 import html
 import io
 import json
 import re
 import secrets
+import select
 import socket
 import sys
 import threading
@@ -19,16 +21,18 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 from inference.handwriting import prepare, read_picture
-from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
+from inference.predictor import UNSURE, Predictor, load_model, make_record, predict, training_caveat
 from recipes import RECIPES
-from support.checkpoint import latest_runs
+from support.checkpoint import find_checkpoint, latest_runs
 from support.cli import Parser, exit_status, number
-from support.console import log
+from support.console import log, warn
 from support.errors import UserError
 
 ROOT = Path(__file__).parent
+PRETRAINED = ROOT / "results" / "tiny.pt"
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
-MAX_BYTES, DEADLINE = 4_000_000, 10  # of an image; seconds for a request and its reply
+MAX_BYTES, MAX_PIXELS = 4_000_000, 24_000_000  # of an image
+DEADLINE, TURN = 15, 10  # seconds for a request and its reply; to wait for its turn
 POLICY = "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
 POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -47,26 +51,73 @@ def parse_args(argv):
 def main(argv):
     """Serve the page until Ctrl-C."""
     args = parse_args(argv)
-    runs = (path for path, _ in latest_runs(RECIPES))
-    run = args.run or next(runs, ROOT / "results" / "tiny.pt")
-    with Server(run, args.port) as server:
+    with Server(load_networks(args.run), args.port) as server:
         url = f"http://{server.hosts[0]}/"
-        log(f"{run}: {url} (Ctrl-C to stop)")
+        log(f"{server.networks[0].path}: {url} (Ctrl-C to stop)")
         if not args.no_browser:  # in a thread, because a browser in the terminal blocks
             threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
         server.serve_forever()
 
 
-class Server(ThreadingTCPServer):
-    """Serves the page and the predictions of a run on 127.0.0.1, each request in a thread."""
+def load_networks(run=None):
+    """The networks to choose from: that of `run`, of the latest runs, and the pretrained one."""
+    networks = {find_checkpoint(run).resolve(): Network(run, run)} if run else {}
+    latest = [(path, path.parent) for path, _ in latest_runs(RECIPES)]
+    for path, name in [*latest, (PRETRAINED, "pretrained")]:
+        try:
+            if path.resolve() not in networks:
+                networks[path.resolve()] = Network(path, name)
+        except UserError as error:
+            warn(f"warning: {error}; skipped")
+    if not networks:
+        raise UserError("no usable network; train one with train.py")
+    return list(networks.values())
 
-    daemon_threads, request_queue_size = True, 128
+
+class Network:
+    """The trained network at a path, under a name in the list on the page."""
+
+    def __init__(self, path, name):
+        self.path, (model, checkpoint) = path, load_model(path)
+        self.predictor, self.stages = Predictor(model, checkpoint["recipe"]), []
+        for layer in model.members[0].encoder.children():
+            layer.register_forward_hook(self.record_maps)
+        recipe, history = checkpoint["flags"]["recipe"], checkpoint["history"]
+        text = f"{recipe}, {len(history)} epoch{'s' * (len(history) > 1)}, "
+        text += f"{100 * history[-1]['test_digit_accuracy']:.2f} % test accuracy ({name})"
+        self.texts = {"name": text, "caveat": training_caveat(checkpoint["flags"])}
+
+    def record_maps(self, layer, inputs, output):
+        """A hook: record at most 16 feature maps of a layer, those with the largest range first.
+
+        Those of a layer without weights, such as pooling, replace those of the layer before it.
+        """
+        has_weights = any(parameter.ndim > 1 for parameter in layer.parameters())
+        if output.ndim == 4 and output.shape[-1] > 1 and (has_weights or self.stages):
+            maps = output[0] - output[0].amin((1, 2), keepdim=True)  # (C, H, W)
+            strengths, order = maps.amax((1, 2)).sort(descending=True)
+            maps = (maps[order[:16]] * 255 / strengths[0].clamp(min=1e-9)).byte()
+            stage = {"maps": base64.b64encode(maps.numpy()).decode(), "shape": output.shape[1:]}
+            self.stages = self.stages[: None if has_weights else -1] + [stage]
+
+    def predict(self, image, addend):
+        """The record of a Pillow image, with all that the page shows, in JSON types."""
+        prepared, self.stages = prepare(image), []
+        (digits,), (sums,) = predict(self.predictor, [prepared], addend)
+        record = make_record("-", prepared, digits, sums, addend)
+        record |= {"digit_probabilities": digits.tolist(), "sum_probabilities": sums.tolist()}
+        record |= {"pixels": prepared.pixels.tolist(), "stages": self.stages}
+        return record | {"unsure": UNSURE}
+
+
+class Server(ThreadingTCPServer):
+    """Serves the page and predictions on 127.0.0.1, each request in a thread."""
+
+    daemon_threads, request_queue_size = True, 512
     allow_reuse_address = sys.platform != "win32"  # there, two servers could share a port
 
-    def __init__(self, run, port=0):
-        model, checkpoint = load_model(run)
-        self.predictor, self.lock = Predictor(model, checkpoint["recipe"]), threading.Lock()
-        self.texts = {"run": str(run), "caveat": training_caveat(checkpoint["flags"])}
+    def __init__(self, networks, port=0):
+        self.networks, self.lock = networks, threading.Lock()
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
@@ -75,7 +126,7 @@ class Server(ThreadingTCPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / returns the page; POST /predict?addend=N returns the record of the posted image."""
+    """GET / returns the page; POST /predict?addend=N&network=I the record of the posted image."""
 
     def handle(self):
         deadline = threading.Timer(DEADLINE, self.hang_up)
@@ -92,32 +143,42 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # the client is gone
             self.connection.shutdown(socket.SHUT_RDWR)
 
+    def client_is_gone(self):
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return readable and not self.connection.recv(1, socket.MSG_PEEK)
+
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":
             return self.send_error(403 if self.path == "/" else 404)
         nonce, page = secrets.token_urlsafe(), (ROOT / "inference" / "page.html").read_text("utf-8")
-        for name, text in {"nonce": nonce, **self.server.texts}.items():
+        networks = json.dumps([network.texts for network in self.server.networks])
+        for name, text in {"nonce": nonce, "networks": networks}.items():
             page = page.replace(f"{{{{{name}}}}}", html.escape(text))
         self.reply("text/html; charset=utf-8", page, POLICY.format(nonce))
 
     def do_POST(self):
+        if self.headers.get("Host") not in self.server.hosts:
+            return self.send_error(403)  # before the body is read
         kind, length = (self.headers.get(f"Content-{name}", "") for name in ("Type", "Length"))
         size = int(length[:9]) if length.isdecimal() else 0
         body = self.rfile.read(size if size <= MAX_BYTES else 0)
-        addend = re.fullmatch(r"/predict\?addend=([0-9])", self.path)
-        checks = {403: self.headers.get("Host") in self.server.hosts, 404: addend}
-        checks |= {415: kind in FORMATS, 411: length.isdecimal(), 413: size <= MAX_BYTES}
+        query = re.fullmatch(r"/predict\?addend=([0-9])(?:&network=([0-9]{1,3}))?", self.path)
+        addend, index = (int(value or 0) for value in query.groups()) if query else (0, 0)
+        checks = {404: query and index < len(self.server.networks), 415: kind in FORMATS}
+        checks |= {411: length.isdecimal(), 413: size <= MAX_BYTES}
         if failed := [status for status, passed in checks.items() if not passed]:
             return self.send_error(failed[0])
+        if not self.server.lock.acquire(timeout=TURN):
+            return self.send_error(503, "demo.py is busy; try again")
         try:
-            with self.server.lock:
-                prepared = prepare(read_picture(io.BytesIO(body), [FORMATS[kind]]))
-                (digits,), (sums,) = predict(self.server.predictor, [prepared], int(addend[1]))
+            if self.client_is_gone():
+                return
+            image = read_picture(io.BytesIO(body), [FORMATS[kind]], MAX_PIXELS)
+            record = self.server.networks[index].predict(image, addend)
         except UserError as error:
             return self.send_error(400, str(error))
-        record = make_record("-", prepared, digits, sums, int(addend[1]))
-        record |= {"digit_probabilities": digits.tolist(), "sum_probabilities": sums.tolist()}
-        record |= {"pixels": prepared.pixels.tolist()}
+        finally:
+            self.server.lock.release()
         self.reply("application/json", json.dumps(record), "default-src 'none'")
 
     def reply(self, kind, text, policy):

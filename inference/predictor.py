@@ -7,7 +7,7 @@ from inference.handwriting import NO_INK
 from model import build_model
 from recipes import RECIPES
 from support.checkpoint import load_checkpoint, restore
-from support.constants import NUM_DIGITS
+from support.constants import NUM_DIGITS, SIDE
 from support.errors import UserError
 
 BATCH = 256  # images
@@ -45,9 +45,14 @@ class Predictor(torch.nn.Module):
     def __init__(self, model, recipe):
         super().__init__()
         self.model, self.recipe = model.requires_grad_(False), recipe
+        blank = next(model.parameters()).new_zeros(1, SIDE, SIDE)
+        self(blank.byte(), blank[:, 0, 0].long())
 
     def forward(self, pixels, addends):
-        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
+        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19).
+
+        Raises UserError if they are not numbers, as does the constructor, which tries it.
+        """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, not {pixels.dtype}")
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
@@ -55,7 +60,10 @@ class Predictor(torch.nn.Module):
         # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.
         e = self.recipe["label_smoothing"]
         probabilities = [(x.exp() - e / x.shape[-1]).clamp(min=0) for x in log_probs]
-        return tuple(p / p.sum(dim=-1, keepdim=True) for p in probabilities)
+        probabilities = [p / p.sum(dim=-1, keepdim=True) for p in probabilities]
+        if not torch.compiler.is_compiling() and not torch.cat(probabilities, 1).isfinite().all():
+            raise UserError("unusable network: its probabilities are not numbers")
+        return tuple(probabilities)
 
 
 def predict(predictor, prepared, addend):

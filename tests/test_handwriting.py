@@ -2,11 +2,12 @@
 
 import io
 import os
+import zlib
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, PngImagePlugin
 
 from benchmarks.drawings import DRAWINGS, drawing, letterboxed
 from benchmarks.photographs import make_pictures
@@ -311,6 +312,8 @@ BAD = {
         directory / "file", "PNG", exif=b"Exif\0\0damaged"
     ),
     "too many pixels": as_file(png(Image.new("1", (20_000, 20_000)))),
+    "too many pixels with transparency": as_file(png(Image.new("LA", (7_000, 7_000)))),
+    "without Ghostscript": as_file(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EOF\n"),
     "several pages": lambda directory: seven().save(
         directory / "file", "TIFF", save_all=True, append_images=[seven(ink="red")]
     ),
@@ -327,11 +330,42 @@ REASONS = {
     "1x1": "1 x 1",
 }
 REASONS |= {"a directory": "directory", "cut off": "damaged", "damaged EXIF": "damaged"}
-REASONS |= {"too many pixels": "pixels", "several pages": "several", "animated": "several"}
+REASONS |= {"too many pixels": "too many", "too many pixels with transparency": "too many"}
+REASONS |= {"without Ghostscript": "Ghostscript", "several pages": "several", "animated": "several"}
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(tmp_path, kind):
+def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
     BAD[kind](tmp_path)
     with pytest.raises(UserError, match=f"^[^\n]*{REASONS[kind]}[^\n]*$"):
         read_picture(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "size, reason", [((1, 90_000), "1 x 90000"), ((7_000, 7_000), "pixels"), ((9, 9), "memory")]
+)
+def test_the_size_is_checked_before_decoding_and_a_lack_of_memory_is_named(
+    monkeypatch, size, reason
+):
+    content = png(Image.new("LA", size))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(UserError, match=reason):
+        read_picture(io.BytesIO(content))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
+    stream = io.BytesIO()
+    seven(800).save(stream, "JPEG", quality=95)
+    stream.seek(0)
+    image = read_picture(stream, max_pixels=100_000)
+    assert image.size == (200, 200)
+    assert similar(prepare(image), prepare(seven()))
+
+
+def test_a_chunk_that_does_not_matter_gives_no_warning(recwarn):
+    content = png(seven())
+    chunk = b"acTL" + bytes(8)  # of an animation, without frames
+    chunk = (8).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    image = read_picture(io.BytesIO(content[:33] + chunk + content[33:]))
+    assert similar(prepare(image), prepare(seven())) and not recwarn.list

@@ -289,6 +289,21 @@ def test_a_checkpoint_of_another_network_is_refused(trained, capsys):
     assert re.fullmatch("error: [^\n]*different network\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("change", ["weights", "std"])
+def test_probabilities_that_are_not_numbers_are_an_error(trained, pictures, capsys, change):
+    checkpoint = torch.load(trained / "last.pt")
+    if change == "std":
+        checkpoint["recipe"]["std"] = 0.0
+    else:
+        next(iter(checkpoint["network"].values())).fill_(torch.nan)
+    torch.save(checkpoint, trained / "last.pt")
+    for arguments in (["0.png", "--json"], ["--export", "digits.pt2"]):
+        assert predict.main([str(trained), *arguments]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and re.fullmatch("error: [^\n]*not numbers\n", err)
+    assert not Path("digits.pt2").exists()
+
+
 def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
     assert command("0.png", "1.png", "--save-picture", "plot.png")[0] == 0
     with Image.open(workdir / "plot.png") as plot:
