@@ -119,7 +119,8 @@ def exit_status(main):
         except UserError as error:
             return fail(error, str(error), error.status)
         except KeyboardInterrupt as error:
-            return fail(error, "interrupted", 128 + getattr(error, "signum", signal.SIGINT))
+            print("interrupted", file=sys.stderr)
+            return 128 + getattr(error, "signum", signal.SIGINT)
         except (RuntimeError, MemoryError) as error:
             if not re.search("out of memory|DefaultCPUAllocator|^(std::bad_alloc)?$", str(error)):
                 raise
