@@ -99,7 +99,7 @@ def are_valid_flags(flags):
     parser = train_parser()
     line = []
     for name, value in flags.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is a value
             flag = f"--{name}".replace("_", "-")
             line.append(flag if value is True else f"{flag}={value}")
     try:
