@@ -1,6 +1,5 @@
 """Checkpoints: finding, loading and validating them."""
 
-import copy
 import io
 import itertools
 import math
@@ -105,7 +104,7 @@ def are_valid_flags(flags):
     parser = train_parser()
     line = []
     for name, value in flags.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is a value
             flag = f"--{name}".replace("_", "-")
             line.append(flag if value is True else f"{flag}={value}")
     try:
@@ -129,12 +128,16 @@ def restore(checkpoint, model, optimizer=None):
 
 
 def state_after_a_step(optimizer):
-    """The state_dict of such an optimizer after a step; the optimizer is not changed."""
-    optimizer = copy.deepcopy(optimizer)
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    return optimizer.state_dict()
+    """The state_dict of an optimizer like this one after a step."""
+    groups = []
+    for group in optimizer.param_groups:
+        parameters = [torch.zeros_like(parameter) for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        groups.append({**group, "params": parameters})
+    other = type(optimizer)(groups)
+    other.step()
+    return other.state_dict()
 
 
 def layout(state):

@@ -17,14 +17,17 @@ import train
 from dataset import Source
 from model import build_model
 from recipes import RECIPES
-from support import metrics, plots, rundir
+from support import checkpoint as checkpoints
+from support import metrics, plots
+from support.metrics import TRAIN_METRICS
+from support.run import Run
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is None or torch.__version__ < "2.11",
     reason="needs torch 2.11 or newer with CUDA support; 2.6 needs a driver even for fake tensors",
 )
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
-METRICS = "digit_loss sum_loss digit_accuracy sum_accuracy both_accuracy consistency".split()
+METRICS = [*TRAIN_METRICS, "both_accuracy", "consistency"]
 EACH_RECIPE = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -32,6 +35,7 @@ EACH_RECIPE = pytest.mark.parametrize("name", RECIPES)
 def fake_gpu(monkeypatch):
     """Makes every new tensor a fake one; there is a GPU that supports bf16."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -47,7 +51,7 @@ def devices(values):
 def build_on(device, recipe):
     """A model built on a device, because fake weights cannot be moved."""
     with device:
-        return build_model(recipe.encoder, recipe.head)
+        return build_model(recipe.encoder, recipe.head, recipe.members)
 
 
 def zero_gradients(parameters):
@@ -57,7 +61,7 @@ def zero_gradients(parameters):
 
 def fake_mnist():
     sets = []
-    for count in (60_000, 10_000):
+    for count in (12_000, 1_000):
         data, targets = torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count).long()
         sets.append(SimpleNamespace(data=data, targets=targets))
     return Source("mnist", *sets)
@@ -73,37 +77,39 @@ def test_fake_dataset_is_on_the_gpu(name):
         tensors = [part.images, part.digits, part.addends, part.matrices, order]
         assert devices([*tensors, part.normalized(order[:3])]) == {GPU}
     assert (train_set.matrices is None) == (recipe.affine is None)
-    batch_size, batch = next(train_set.batches(recipe.batch_size))
-    assert devices(batch) == {GPU} and len(batch[0]) == batch_size == recipe.batch_size
+    indices = train_set.batches(recipe.batch_size)[0]
+    batch = train_set.batch(indices)
+    assert devices([indices, *batch]) == {GPU} and len(batch[0]) == recipe.batch_size
 
 
 @EACH_RECIPE
 def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, monkeypatch):
     """train.py with two epochs of three batches, and an evaluation after each."""
-    parameters, features, logits, plotted, checkpoints = [], [], [], [], []
+    parameters, features, logits, plotted, saved = [], [], [], [], []
 
     def move_model(model, device):
         model = build_on(device, RECIPES[name])
         parameters.extend(model.parameters())
-        model.encoder.register_forward_hook(lambda *call: features.append(call[-1]))
-        model.head.register_forward_hook(lambda *call: logits.extend(call[-1]))
+        for member in model.members:
+            member.encoder.register_forward_hook(lambda *call: features.append(call[-1]))
+            member.head.register_forward_hook(lambda *call: logits.extend(call[-1]))
         return model
 
     def backward(loss):
         assert (loss.device, loss.dtype, loss.shape) == (GPU, torch.float32, ())
         zero_gradients(parameters)
 
-    def epoch_metrics(steps, epoch):
-        assert (steps.device, steps.dtype, steps.shape) == (CPU, torch.float64, (3, 5))
-        return dict.fromkeys(METRICS[:4], 0.5), [(float(epoch), 0.5, 0.5)]
+    def epoch_metrics(steps, epoch, label_smoothing):
+        assert (steps.device, steps.dtype, steps.shape) == (CPU, torch.float64, (3, 7))
+        return dict.fromkeys(TRAIN_METRICS, 0.5), [(float(epoch), 0.5, 0.5)]
 
-    def prediction_metrics(predictions):
+    def prediction_metrics(predictions, label_smoothing=0.0):
         assert devices(predictions) == {CPU}
-        assert [tensor.shape for tensor in predictions] == [(200, 10, 10), (200, 10, 19), (200,)]
+        assert [part.shape for part in predictions[:3]] == [(200, 10, 10), (200, 10, 19), (200,)]
         return dict.fromkeys(METRICS, 0.5)
 
-    def save_checkpoint(run_dir, file, checkpoint):
-        checkpoints.append(checkpoint)
+    def save_checkpoint(run, file):
+        saved.append(run.model.state_dict())
 
     monkeypatch.setattr(train, "load_data", lambda *args: fake_mnist())
     monkeypatch.setattr(train, "move_model", move_model)
@@ -112,7 +118,7 @@ def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, mo
     monkeypatch.setattr(metrics, "epoch_metrics", epoch_metrics)
     monkeypatch.setattr(metrics.Predictions, "metrics", prediction_metrics)
     monkeypatch.setattr(plots, "run_figures", lambda *args: plotted.extend(args) or {})
-    monkeypatch.setattr(rundir.RunDir, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(Run, "save_checkpoint", save_checkpoint)
     assert train.main(["--recipe", name, "--device", "cuda", "--dry-run"]) == 0
 
     assert devices(parameters) == devices(features) == devices(logits) == {GPU}
@@ -121,7 +127,7 @@ def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, mo
     assert devices([*plotted, *plotted[2]]) == {CPU}
     results = json.loads(Path("runs", f"{name}-dry-run", "results.json").read_text())
     assert (results["device"], results["precision"]) == ("cuda:0", "bf16")
-    assert devices(checkpoints[-1]["network"].values()) == {GPU}
+    assert devices(saved[-1].values()) == {GPU}
 
 
 @pytest.mark.parametrize("saved_on, loaded_on", [(CPU, GPU), (GPU, CPU)])
@@ -132,7 +138,7 @@ def test_fake_optimizer_state_moves_to_the_device_of_the_weights(saved_on, loade
     zero_gradients(saved.parameters())
     optimizer.step()
     checkpoint = {"network": saved.state_dict(), "optimizer": optimizer.state_dict()}
-    rundir.restore(checkpoint, loaded, resumed)
+    checkpoints.restore(checkpoint, loaded, resumed)
     for parameter in loaded.parameters():
         assert devices([parameter, *resumed.state[parameter].values()]) == {loaded_on}
     zero_gradients(loaded.parameters())

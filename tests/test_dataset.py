@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader
-from torchvision.datasets import MNIST
 from torchvision.transforms.functional import InterpolationMode, affine
 
 from dataset import MNISTSum, load_data, split_indices
+from support import distributed
 from support.augment import Affine, affine_matrices, generator, warp
+from support.errors import UserError
 from support.synthetic import synthetic_mnist
 
 AFFINE = Affine(10, 0.1, 0.1, 10)
@@ -37,13 +38,12 @@ def test_several_items_come_stacked(data_dir):
 
 def test_an_item_is_image_digit_addend_and_sum(data_dir):
     source = load_data("mnist", data_dir).train
-    assert isinstance(source, MNIST)
     items = MNISTSum(source, "train", mean=0.1, std=0.5)
     image, digit, addend, total = items[7]
     assert (image.shape, image.dtype) == ((1, 28, 28), torch.float32)
     assert (addend.shape, addend.dtype, addend.sum()) == ((10,), torch.float32, 1)
     assert digit.dtype == total.dtype == torch.int64
-    assert digit == source[7][1]
+    assert digit == source.targets[7]
     assert total == digit + addend.argmax()
     torch.testing.assert_close(image[0], (source.data[7] / 255 - 0.1) / 0.5)
 
@@ -103,33 +103,56 @@ def test_the_order_is_a_permutation(digits):
 @pytest.mark.parametrize("drop_last, sizes", [(False, [192, 192, 116]), (True, [192, 192])])
 def test_batches_cover_the_epoch_once(digits, drop_last, sizes):
     dataset = MNISTSum(digits, "train")
-    batches = list(dataset.batches(192, drop_last))
-    assert [size for size, _ in batches] == [len(batch[0]) for _, batch in batches] == sizes
-    seen = torch.cat([digit for _, (_, digit, _, _) in batches])
-    assert torch.equal(seen, dataset.digits[dataset.order()][: sum(sizes)])
+    batches = dataset.batches(192, drop_last)
+    assert [len(batch) for batch in batches] == sizes
+    assert torch.equal(torch.cat(batches), dataset.order()[: sum(sizes)])
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_divide_each_batch(digits, world_size):
-    dataset = MNISTSum(digits, "train", torch.arange(129), affine=AFFINE)
-    single = list(dataset.batches(64))
-    parts = [
-        list(dataset.batches(64, rank=rank, world_size=world_size)) for rank in range(world_size)
-    ]
-    for (size, batch), *shares in zip(single, *parts, strict=True):
-        assert size == len(batch[0]) and all(share[0] == size for share in shares)
-        for i, whole in enumerate(batch):
-            for rank, (_, part) in enumerate(shares):
-                assert torch.equal(part[i], whole[rank::world_size])
-    assert [len(batch[0]) for _, batch in parts[-1]][-1] == 0  # one image for all processes
+def set_rank(monkeypatch, rank, world_size):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+
+
+@pytest.mark.parametrize("images, last", [(130, 2), (131, 2), (129, 0)])
+def test_processes_get_equal_shares_of_each_batch_and_of_the_images(
+    digits, images, last, monkeypatch
+):
+    dataset = MNISTSum(digits, "train", torch.arange(images))
+    order, shares, evaluated = dataset.order(), [], []
+    for rank in range(2):
+        set_rank(monkeypatch, rank, 2)
+        shares.append(dataset.batches(64))
+        evaluated.append(dataset.share())
+        with pytest.raises(UserError):
+            dataset.batches(65)
+    sizes = [64, 64] + ([last] if last else [])  # an image that cannot be shared is left out
+    for share, size, batch in zip(zip(*shares, strict=True), sizes, order.split(64), strict=False):
+        assert [len(part) for part in share] == [size // 2] * 2
+        assert torch.equal(torch.cat(share).sort().values, batch[:size].sort().values)
+    assert len(shares[0]) == len(sizes)
+    assert torch.equal(torch.cat(evaluated).sort().values, torch.arange(images))
+
+
+def test_members_and_processes_draw_differently_but_the_first_as_a_single_one(digits, monkeypatch):
+    drawn, seeds = [], set()
+    for member in (0, 1):
+        dataset = MNISTSum(digits, "train", affine=AFFINE)
+        before = dataset.order(), dataset.addends, dataset.matrices
+        dataset.set_epoch(1, member)
+        drawn.append((dataset.order(), dataset.addends, dataset.matrices))
+        assert all(map(torch.equal, before, drawn[-1])) == (member == 0)
+        for rank in (0, 1):
+            set_rank(monkeypatch, rank, 2)
+            seeds.add(dataset.process_seed())
+    assert not any(map(torch.equal, *drawn)) and len(seeds) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataloader_gives_the_same_batches(digits, workers):
     dataset = MNISTSum(digits, "train", affine=AFFINE)
     loader = DataLoader(dataset, 128, sampler=dataset.order().tolist(), num_workers=workers)
-    for (_, ours), theirs in zip(dataset.batches(128), loader, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+    for indices, theirs in zip(dataset.batches(128), loader, strict=True):
+        for a, b in zip(dataset.batch(indices), theirs, strict=True):
             assert torch.equal(a, b)
 
 
@@ -144,7 +167,7 @@ def test_the_validation_split_depends_on_the_seed():
 def test_the_global_generator_is_not_used(digits):
     before = torch.get_rng_state()
     dataset = MNISTSum(digits, "train", affine=AFFINE)
-    list(dataset.batches(100))
+    dataset.batch(dataset.batches(100)[0])
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -41,22 +41,21 @@ def assert_log_probabilities(predictions):
         torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(4))
 
 
-@pytest.mark.parametrize("encoder", ENCODERS, ids=function_name)
-@pytest.mark.parametrize("head", HEADS, ids=function_name)
-def test_any_encoder_works_with_any_head_and_the_sum_loss_reaches_the_encoder(encoder, head):
+# An encoder never sees the addend, and a head sees only features and addend: what follows holds
+# for all pairs if it holds for each encoder with one head, and for each head with one encoder.
+EACH = [(encoder, model.OuterProduct) for encoder in ENCODERS]
+EACH += [(model.small, head) for head in HEADS[1:]]
+EACH = pytest.mark.parametrize("encoder, head", EACH, ids=function_name)
+
+
+@EACH
+def test_predictions_are_log_probabilities_and_the_sum_loss_reaches_the_encoder(encoder, head):
     network = build(encoder, head)
     predictions = network(*batch())
     assert_log_probabilities(predictions)
     F.nll_loss(predictions[1], torch.arange(4)).backward()
     first = next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
     assert first.weight.grad.abs().max() > 0
-
-
-# An encoder never sees the addend, and a head sees only features and addend: what follows holds
-# for all pairs if it holds for each encoder with one head, and for each head with one encoder.
-EACH = [(encoder, model.OuterProduct) for encoder in ENCODERS]
-EACH += [(model.small, head) for head in HEADS[1:]]
-EACH = pytest.mark.parametrize("encoder, head", EACH, ids=function_name)
 
 
 @EACH
@@ -84,6 +83,20 @@ def test_the_sum_depends_on_the_addend(encoder, head):
     features = network.encoder(batch(1)[0]).expand(10, -1)
     _, total = network.classify(features, torch.eye(10))
     assert (total[1:] - total[:1]).abs().amax(dim=1).min() > 1e-4
+
+
+def test_an_ensemble_predicts_the_normalized_mean_of_log_probabilities():
+    torch.manual_seed(0)
+    ensemble = model.build_model(model.small, model.OuterProduct, members=3).eval()
+    outputs = [member(*batch()) for member in ensemble.members]
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    features = ensemble.encoder(batch()[0])
+    every = ensemble.classify_all(features)  # (4, 10, classes)
+    addend = batch()[1].argmax(dim=1)
+    for ours, again, *theirs in zip(ensemble(*batch()), every, *outputs, strict=True):
+        product = torch.stack([log_probs.exp() for log_probs in theirs]).prod(dim=0) ** (1 / 3)
+        torch.testing.assert_close(ours.exp(), product / product.sum(dim=1, keepdim=True))
+        torch.testing.assert_close(again[torch.arange(4), addend], ours)
 
 
 @pytest.mark.parametrize("name", RECIPES)
