@@ -29,7 +29,7 @@ from test_train import FAST, one_line, read_json, rows, without_seconds
 
 import dataset
 import train
-from model import OuterProduct, build_model, compact
+from model import OuterProduct, build_model, standard
 from recipes import RECIPES
 from support import files, signals
 from support.checkpoint import LAST, RunDir, load_checkpoint
@@ -367,7 +367,7 @@ FOREIGN = {
     "empty dict": edited(lambda state: {}),
     "only weights": edited(lambda state: state["network"]),
     "other network": edited(
-        lambda state: state | {"network": build_model(compact, OuterProduct).state_dict()}
+        lambda state: state | {"network": build_model(standard, OuterProduct).state_dict()}
     ),
     "other recipe": edited(lambda state: state | {"flags": state["flags"] | {"recipe": "gone"}}),
     "other types": edited(lambda state: state | {"flags": None, "history": None}),

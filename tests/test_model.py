@@ -11,7 +11,7 @@ import model
 from published import models as published
 from recipes import RECIPES, constant, one_cycle
 
-ENCODERS = [model.compact, model.small, model.tiny, published.seven_conv, published.six_conv]
+ENCODERS = [model.standard, model.shallow, model.tiny, published.seven_conv, published.six_conv]
 ENCODERS += [published.two_conv, published.two_conv_fc]
 HEADS = [model.OuterProduct, published.ConcatMLP, published.ConcatLinear, published.SharedTrunk]
 HEADS += [model.LowRankProduct, published.TwoSoftmaxes, published.ConcatProbabilities]
@@ -44,7 +44,7 @@ def assert_log_probabilities(predictions):
 # An encoder never sees the addend, and a head sees only features and addend: what follows holds
 # for all pairs if it holds for each encoder with one head, and for each head with one encoder.
 EACH = [(encoder, model.OuterProduct) for encoder in ENCODERS]
-EACH += [(model.small, head) for head in HEADS[1:]]
+EACH += [(model.shallow, head) for head in HEADS[1:]]
 EACH = pytest.mark.parametrize("encoder, head", EACH, ids=function_name)
 
 
@@ -87,7 +87,7 @@ def test_the_sum_depends_on_the_addend(encoder, head):
 
 def test_an_ensemble_predicts_the_normalized_mean_of_log_probabilities():
     torch.manual_seed(0)
-    ensemble = model.build_model(model.small, model.OuterProduct, members=3).eval()
+    ensemble = model.build_model(model.shallow, model.OuterProduct, members=3).eval()
     outputs = [member(*batch()) for member in ensemble.members]
     assert not torch.equal(outputs[0][0], outputs[1][0])
     features = ensemble.encoder(batch()[0])

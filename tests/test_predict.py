@@ -284,7 +284,7 @@ def test_a_run_without_a_checkpoint_is_one_line(workdir, capsys, place):
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, capsys):
-    change_checkpoint(trained, "recipe", {"encoder": "compact"})
+    change_checkpoint(trained, "recipe", {"encoder": "standard"})
     assert predict.main([str(trained), "0.png"]) == 1
     assert re.fullmatch("error: [^\n]*different network\n", capsys.readouterr().err)
 
