@@ -34,7 +34,10 @@ def export(path, predictor, checkpoint, data):
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # contains paths of this machine
     write_atomic(path, as_onnx(program) if path.suffix == ".onnx" else as_pt2(program))
-    card, card_path = model_card(path, checkpoint, data), path.with_name(f"{path.name}.md")
+    card, card_path = (
+        model_card(path, predictor, checkpoint, data),
+        path.with_name(f"{path.name}.md"),
+    )
     write_atomic(card_path, card.encode())
     return path, card_path
 
@@ -62,9 +65,10 @@ def as_onnx(program):
     return exported.model_proto.SerializeToString()
 
 
-def model_card(path, checkpoint, data):
+def model_card(path, predictor, checkpoint, data):
     """The model card of an exported network, in Markdown."""
     template = Path(__file__).with_name("model_card.md").read_text("utf-8")
-    values = checkpoint["history"][-1] | checkpoint["info"] | {"name": path.name, "data": data}
-    values = {k: printable(v) if isinstance(v, str) else v for k, v in values.items()}
+    values = checkpoint["flags"] | checkpoint["recipe"] | checkpoint["history"][-1]
+    values |= {"name": printable(path.name), "data": data}
+    values["parameters"] = sum(p.numel() for p in predictor.parameters())
     return template.format(code=FORMATS[path.suffix].format(name=path.name), **values)

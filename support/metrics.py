@@ -49,20 +49,24 @@ class Predictions(NamedTuple):
         probability, digit = self.digit_log_probs.exp().mean(dim=1).max(dim=1)
         return digit, probability
 
-    def metrics(self, smoothing=0.0):
+    def metrics(self, label_smoothing=0.0):
         """Metrics over all pairs. Objective: the loss with label smoothing, less its minimum.
 
         Consistent: the predicted sum is the predicted digit + addend.
         """
         (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
-        digit_objective = F.cross_entropy(self.digit_log_probs.mT, digit, label_smoothing=smoothing)
-        sum_objective = F.cross_entropy(self.sum_log_probs.mT, total, label_smoothing=smoothing)
+        digit_objective = F.cross_entropy(
+            self.digit_log_probs.mT, digit, label_smoothing=label_smoothing
+        )
+        sum_objective = F.cross_entropy(
+            self.sum_log_probs.mT, total, label_smoothing=label_smoothing
+        )
         correct_digit, correct_sum = predicted_digit == digit, predicted_sum == total
         values = {
             "digit_loss": -self.digit_log_probs.gather(2, digit[:, :, None]),
             "sum_loss": -self.sum_log_probs.gather(2, total[:, :, None]),
-            "digit_objective": digit_objective - lowest_loss(smoothing, NUM_DIGITS),
-            "sum_objective": sum_objective - lowest_loss(smoothing, NUM_SUMS),
+            "digit_objective": digit_objective - lowest_loss(label_smoothing, NUM_DIGITS),
+            "sum_objective": sum_objective - lowest_loss(label_smoothing, NUM_SUMS),
             "digit_accuracy": correct_digit,
             "sum_accuracy": correct_sum,
             "both_accuracy": correct_digit & correct_sum,
@@ -97,9 +101,9 @@ class Predictions(NamedTuple):
         return wrong.nonzero()[order]
 
 
-def lowest_loss(smoothing, classes):
+def lowest_loss(label_smoothing, classes):
     """The minimum of a loss with label smoothing, in nats: the entropy of its target."""
-    target = (1 - smoothing) * torch.eye(classes)[0] + smoothing / classes
+    target = (1 - label_smoothing) * torch.eye(classes)[0] + label_smoothing / classes
     return torch.special.entr(target).sum().item()
 
 

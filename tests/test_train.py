@@ -108,7 +108,15 @@ def test_a_run_finds_its_data_from_another_directory_or_is_told_where_it_is(
 def test_output_and_files_of_a_run(job_with_plots):
     status, out, err = job_with_plots(*FAST, "--epochs", 3)
     assert (status, err) == (0, "")
-    files = {*PLOTS, "last.pt", "args.json", "metrics.csv", "results.json", "log.txt"}
+    files = {
+        *PLOTS,
+        "last.pt",
+        "args.json",
+        "metrics.csv",
+        "results.json",
+        "mistakes.csv",
+        "log.txt",
+    }
     assert {path.name for path in Path("runs/fast").iterdir()} == files
 
     history = rows("runs/fast")
@@ -446,7 +454,7 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(job, monkeypatch):
 def test_ctrl_c_is_one_line_if_there_is_nothing_to_resume(job, monkeypatch, flags):
     assert job(*FAST, "--quiet", "--output-dir", "run")[0] == 0
     interrupt_in(monkeypatch, train, *["load_data"] if flags is FAST else ["evaluate"])
-    assert job(*flags) == (130, "", "error: interrupted\n")
+    assert job(*flags) == (130, "", "interrupted\n")
 
 
 # Terminal and environment
