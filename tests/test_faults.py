@@ -30,7 +30,7 @@ from test_train import FAST, one_line, read_json, rows, without_seconds
 
 import dataset
 import train
-from model import OuterProduct, build_model, compact
+from model import build_model
 from recipes import RECIPES
 from support import files, run
 from support.checkpoint import LAST, load_checkpoint
@@ -360,6 +360,10 @@ def edited(edit):
     return lambda path, old, draw: torch.save(edit(torch.load(io.BytesIO(old))), path)
 
 
+def other_network():
+    return RECIPES["default"].encoder, RECIPES["default"].head
+
+
 def with_flag(state, name, value):
     return state | {"flags": state["flags"] | {name: value}}
 
@@ -400,7 +404,7 @@ FOREIGN = {
     "empty dict": edited(lambda state: {}),
     "only weights": edited(lambda state: state["network"]),
     "other network": edited(
-        lambda state: state | {"network": build_model(compact, OuterProduct).state_dict()}
+        lambda state: state | {"network": build_model(*other_network()).state_dict()}
     ),
     "other recipe": edited(lambda state: state | {"flags": state["flags"] | {"recipe": "gone"}}),
     "other types": edited(lambda state: state | {"flags": None, "history": None}),
