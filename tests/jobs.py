@@ -53,7 +53,7 @@ def child(flags, log, mnist, run_figures, prepare):
     os._exit(train.main(flags))
 
 
-def run_script(launcher, *flags, environment=None):
+def run_script(launcher, *flags, environment):
     """Run train.py with the small MNIST in a new interpreter, with the options `launcher`."""
     Path("job.py").write_text(
         "import sys, conftest, dataset, train\n"
@@ -64,7 +64,7 @@ def run_script(launcher, *flags, environment=None):
     )
     command = [sys.executable, *launcher, "job.py", *map(str, flags)]
     path = f"{conftest.ROOT}{os.pathsep}{conftest.ROOT / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": path, **(environment or {})}
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
     return subprocess.run(command, **options)
 

@@ -5,6 +5,7 @@ pytest tries a sample. All tries take minutes and print a table:
     python tests/test_faults.py
 """
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -29,10 +30,10 @@ from test_train import FAST, one_line, read_json, rows, without_seconds
 
 import dataset
 import train
-from model import OuterProduct, build_model, standard
+from model import build_model
 from recipes import RECIPES
-from support import files, signals
-from support.checkpoint import LAST, RunDir, load_checkpoint
+from support import files, run
+from support.checkpoint import LAST, load_checkpoint
 
 resource = pytest.importorskip("resource", reason="this system has no resource limits")
 
@@ -47,11 +48,11 @@ def tries(some, every):
 
 
 def plain(value):
-    """The content of a checkpoint in a form that == compares, without times and invocations."""
+    """The content of a checkpoint in a form that == compares, without times."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if "seconds" not in str(k) and k != "calls"}
+        return {k: plain(v) for k, v in value.items() if "seconds" not in str(k)}
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -168,14 +169,14 @@ def test_a_second_signal(workdir, signum, seed):
 
 def fill_disk(name, number):
     """From the write of that number of a file on, there is space for half of it."""
-    numbers, write = itertools.count(1), RunDir.write
+    numbers, write = itertools.count(1), run.Run.write
 
     def limited(self, file, content):
         if file == name and next(numbers) == number:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, resource.RLIM_INFINITY))
         write(self, file, content)
 
-    RunDir.write = limited
+    run.Run.write = limited
 
 
 @tries(3, 18)
@@ -253,16 +254,20 @@ def few(job, monkeypatch):
     return functools.partial(job, "--batch-size", 10, "--device", "cpu")
 
 
-def stop_at(monkeypatch, number):
-    """Interrupt the next run when it checks for the nth time whether it should stop."""
+def interrupt_at(monkeypatch, number):
+    """Ctrl-C before the nth step, evaluation or write of the next run; returns their counter."""
     numbers = itertools.count(1)
 
-    def check(flag):
-        if next(numbers) == number:
-            flag.signum = signal.SIGINT
-            raise signals.Stopped
+    def interrupting(function):
+        def interrupted(*args):
+            if next(numbers) == number:
+                signal.raise_signal(signal.SIGINT)
+            return function(*args)
 
-    monkeypatch.setattr(signals.StopFlag, "check", check)
+        return interrupted
+
+    for owner, name in ((dataset.MNISTSum, "batch"), (train, "evaluate"), (run, "write_atomic")):
+        monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
     return numbers
 
 
@@ -274,18 +279,20 @@ SOME_CASES = [("default", 10), ("fast", 0), ("toy", 0)]
 
 @pytest.mark.parametrize("recipe, val_size", CASES if ALL else SOME_CASES)
 @pytest.mark.usefixtures("toy_recipe")
-def test_an_interruption_during_and_after_each_epoch(few, monkeypatch, recipe, val_size):
+def test_interruptions_until_a_run_is_finished(few, monkeypatch, recipe, val_size):
     flags = ["--recipe", recipe, "--epochs", EPOCHS, "--val-size", val_size]
-    numbers = stop_at(monkeypatch, None)
-    assert few(*flags, "--output-dir", "reference")[0] == 0
-    per_epoch, draw = (next(numbers) - 1) // EPOCHS, random.Random(0)
-    command = [*flags, "--output-dir", "run"]
-    for epoch, during in itertools.product(range(1, EPOCHS + 1), [True, False]):
-        stop_at(monkeypatch, draw.randint(1, per_epoch) if during else per_epoch + 1)
-        assert few(*command)[0] == (130 if during or epoch < EPOCHS else 0)
-        if epoch > 1 or not during:
-            assert len(load_checkpoint("run")["history"]) == epoch - during
-            command = ["--resume", "run"]
+    with monkeypatch.context() as patch:
+        events = interrupt_at(patch, None)
+        assert few(*flags, "--output-dir", "reference")[0] == 0
+    per_epoch, draw, status = (next(events) - 1) // EPOCHS, random.Random(recipe), 130
+    while status == 130:
+        saved_before = Path("run", LAST).exists()
+        command = ["--resume", "run"] if saved_before else [*flags, "--output-dir", "run"]
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, draw.randint(1, 2 * per_epoch))
+            status, out, err = few(*command)
+        assert status == 0 or status == 130 and "Traceback" not in err
+        assert status == 0 or Path("run", LAST).exists() == ("resume   python" in out)
     assert saved() == saved("reference")
 
 
@@ -295,37 +302,44 @@ def test_extending_a_finished_run(few):
     assert (status, err) == (0, "") and result.rstrip() in out
     before = without_seconds("run")
     status, _, err = few("--resume", "run", "--epochs", 4)
-    assert status == 0 and re.fullmatch("warning: --epochs is now 4, .*\n", err)
+    assert (status, err) == (0, "")
     assert without_seconds("run")[:2] == before and len(rows("run")) == 4
 
 
-CHANGES = "--recipe default,--seed 1,--val-size 10,--addends once,--dataset synthetic".split(",")
+CHANGES = """
+--recipe default; --seed 1; --val-size 10; --addends once; --dataset synthetic; --lr 0.5;
+--batch-size 5; --weight-decay 0.5; --deterministic; --dry-run; --output-dir other; --epochs 1
+"""
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_resuming_as_another_experiment(few, change):
-    assert few("--recipe", "fast", "--output-dir", "run")[0] == 0
+def test_resuming_as_another_experiment(few):
+    assert few("--recipe", "fast", "--epochs", 2, "--output-dir", "run")[0] == 0
     before = saved()
-    status, out, err = few("--resume", "run", *change.split())
-    assert (status, out) == (2, "") and one_line(err), err
+    for change in CHANGES.split(";"):
+        status, out, err = few("--resume", "run", *change.split())
+        assert (status, out) == (2, "") and one_line(err), err
     assert saved() == before
 
 
-@pytest.mark.parametrize("batch_size", [10, 5] if ALL else [10])
-def test_a_loss_that_becomes_nan(few, batch_size):
-    few = functools.partial(few, "--batch-size", batch_size)
-    assert few("--recipe", "concat-mlp", "--epochs", 1, "--output-dir", "run")[0] == 0
-    before = saved()
-    status, _, err = few("--resume", "run", "--epochs", 2, "--lr", 100)
-    assert status == 1 and "NaN" in err and one_line(err)
-    assert saved() == before
-    assert few("--resume", "run", "--epochs", 2, "--lr", 0.001)[0] == 0 and len(rows("run")) == 2
+def exploding(step, total_steps):
+    return 1.0 if step < 2 else 1e30
+
+
+def test_a_loss_that_becomes_nan(few, monkeypatch):
+    recipe = dataclasses.replace(RECIPES["concat-mlp"], schedule=exploding)
+    monkeypatch.setitem(RECIPES, "exploding", recipe)
+    command = "--recipe exploding --epochs 2 --output-dir run".split()
+    for flags in (command, ["--resume", "run"]):
+        status, out, err = few(*flags)
+        assert status == 1 and one_line(err) and "NaN" in err
+        assert "start a new run" in err and "--resume" not in err + out
+        assert len(rows("run")) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_missing_device(few):
     status, out, err = few("--recipe", "fast", "--device", "cuda", "--output-dir", "run")
-    assert status == 0 and re.fullmatch("warning: .*cuda.*; running on the CPU\n", err)
+    assert status == 0 and re.fullmatch("warning: .*GPU.*CPU\n", err)
     assert "device   cpu" in out
     assert few("--recipe", "fast", "--output-dir", "cpu")[0] == 0
     assert without_seconds("run") == without_seconds("cpu")
@@ -344,6 +358,29 @@ def flip(old, place, draw):
 def edited(edit):
     """A harm below that saves what `edit` returns for the old checkpoint."""
     return lambda path, old, draw: torch.save(edit(torch.load(io.BytesIO(old))), path)
+
+
+def other_network():
+    return RECIPES["default"].encoder, RECIPES["default"].head
+
+
+def with_flag(state, name, value):
+    return state | {"flags": state["flags"] | {name: value}}
+
+
+def with_optimizer(checkpoint, **parts):
+    return checkpoint | {"optimizer": checkpoint["optimizer"] | parts}
+
+
+def with_option(state, name, value):
+    groups = [group | {name: value} for group in state["optimizer"]["param_groups"]]
+    return with_optimizer(state, param_groups=groups)
+
+
+def shortened(state):
+    """The optimizer's state with other shapes, which a fused kernel would read out of bounds."""
+    states = state["optimizer"]["state"].items()
+    return {index: {k: v.flatten()[:1] for k, v in values.items()} for index, values in states}
 
 
 # What can replace a file: name -> function(path, old content, random numbers)
@@ -367,14 +404,27 @@ FOREIGN = {
     "empty dict": edited(lambda state: {}),
     "only weights": edited(lambda state: state["network"]),
     "other network": edited(
-        lambda state: state | {"network": build_model(standard, OuterProduct).state_dict()}
+        lambda state: state | {"network": build_model(*other_network()).state_dict()}
     ),
     "other recipe": edited(lambda state: state | {"flags": state["flags"] | {"recipe": "gone"}}),
     "other types": edited(lambda state: state | {"flags": None, "history": None}),
+    "no curve": edited(lambda state: {k: v for k, v in state.items() if k != "curve"}),
+    "no flags": edited(lambda state: state | {"flags": {}}),
+    "no epochs": edited(lambda state: state | {"history": []}),
+    "other epochs": edited(lambda state: state | {"history": state["history"][1:]}),
+    "no columns": edited(lambda state: state | {"history": [{"epoch": 1}]}),
+    "endless": edited(lambda state: state | {"seconds": float("inf")}),
+    "other precision": edited(lambda state: with_flag(state, "precision", "fp8")),
+    "unknown flag": edited(lambda state: with_flag(state, "bogus", 1)),
+    "no state": edited(lambda state: with_optimizer(state, state={})),
+    "no groups": edited(lambda state: with_optimizer(state, param_groups=[])),
+    "other shapes": edited(lambda state: with_optimizer(state, state=shortened(state))),
+    "other options": edited(lambda state: with_option(state, "betas", (0.9, 2.0))),
+    "other direction": edited(lambda state: with_option(state, "maximize", True)),
 }
 
 
-@pytest.mark.parametrize("name", sorted(dataset.SHA256))
+@pytest.mark.parametrize("name", sorted(dataset.SHA256) if ALL else ["train-images-idx3-ubyte"])
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_data_file(few, data_dir, harm, name):
     path = data_dir / "MNIST" / "raw" / name
@@ -394,7 +444,6 @@ def assert_refused_or_equal(job):
         assert plain(load_checkpoint("run")) == plain(expected)
     else:
         assert status in (1, 2) and out == "" and one_line(err), err
-        assert "DEBUG=1" not in err  # an unexpected OSError
     assert not Path("executed").exists()
 
 
@@ -403,6 +452,32 @@ def test_a_file_that_is_not_a_checkpoint(job, harm):
     Path("run").mkdir()
     (HARMS | FOREIGN)[harm](Path("run", LAST), uninterrupted().checkpoint, random.Random(0))
     assert_refused_or_equal(job)
+
+
+SKIPPED = ["truncated", "empty", "unreadable", "directory", "pickle", "malicious", "list"]
+SKIPPED += [
+    "no curve",
+    "no flags",
+    "no epochs",
+    "no columns",
+    "endless",
+    "other precision",
+    "other recipe",
+]
+
+
+def test_such_files_are_skipped_in_the_list_of_runs(job):
+    for i, name in enumerate(["good", *SKIPPED]):
+        path = Path("runs", name, LAST)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(uninterrupted().checkpoint)
+        if name in SKIPPED:
+            path.unlink()
+            (HARMS | FOREIGN)[name](path, uninterrupted().checkpoint, random.Random(0))
+        os.utime(path, (i, i))
+    status, out, err = job("--resume", "--eval-only")
+    assert status == 0 and out.startswith("result") and "Traceback" not in err, err
+    assert not Path("executed").exists()
 
 
 @tries(30, 1000)
@@ -419,7 +494,7 @@ def test_a_damaged_checkpoint(job, seed):
 
 
 VALID = """
---recipe fast default; --epochs 1 100000; --batch-size 5 8 20; -b 10; --lr 0.01 1e-9;
+--recipe fast default; --epochs 1 5000; --batch-size 5 8 20; -b 10; --lr 0.01 1e-9;
 --weight-decay 0 0.1; --addends each-epoch once; --val-size 0 10; --seed 0 4294967295;
 --dataset auto mnist synthetic; --data-dir data elsewhere; --device auto cpu cuda:99;
 --precision auto fp32; --output-dir here ünï; --resume runs/none; --eval-only;
@@ -441,14 +516,14 @@ def command_line(draw):
 
 
 @tries(40, 600)
-def test_a_random_command_line(few, tmp_path, seed):
+def test_a_random_command_line(few, tmp_path, monkeypatch, seed):
+    monkeypatch.setenv("HOME", str(tmp_path))  # for ~
     siblings = set(tmp_path.parent.iterdir())
     status, out, err = few(*command_line(random.Random(seed)))
     if status == 0:
         assert out.startswith("result") and "error: " not in err
     else:
         assert status in (1, 2) and out == "" and one_line(err), err
-        assert "DEBUG=1" not in err  # an unexpected OSError
     assert set(tmp_path.parent.iterdir()) == siblings
 
 

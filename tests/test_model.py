@@ -11,7 +11,8 @@ import model
 from published import models as published
 from recipes import RECIPES, constant, one_cycle
 
-ENCODERS = [model.standard, model.shallow, model.tiny, published.seven_conv, published.six_conv]
+OURS = [RECIPES[name].encoder for name in ("fast", "default", "tiny")]
+ENCODERS = [*OURS, published.seven_conv, published.six_conv]
 ENCODERS += [published.two_conv, published.two_conv_fc]
 HEADS = [model.OuterProduct, published.ConcatMLP, published.ConcatLinear, published.SharedTrunk]
 HEADS += [model.LowRankProduct, published.TwoSoftmaxes, published.ConcatProbabilities]
@@ -44,7 +45,7 @@ def assert_log_probabilities(predictions):
 # An encoder never sees the addend, and a head sees only features and addend: what follows holds
 # for all pairs if it holds for each encoder with one head, and for each head with one encoder.
 EACH = [(encoder, model.OuterProduct) for encoder in ENCODERS]
-EACH += [(model.shallow, head) for head in HEADS[1:]]
+EACH += [(OURS[0], head) for head in HEADS[1:]]
 EACH = pytest.mark.parametrize("encoder, head", EACH, ids=function_name)
 
 
@@ -87,7 +88,7 @@ def test_the_sum_depends_on_the_addend(encoder, head):
 
 def test_an_ensemble_predicts_the_normalized_mean_of_log_probabilities():
     torch.manual_seed(0)
-    ensemble = model.build_model(model.shallow, model.OuterProduct, members=3).eval()
+    ensemble = model.build_model(OURS[0], model.OuterProduct, members=3).eval()
     outputs = [member(*batch()) for member in ensemble.members]
     assert not torch.equal(outputs[0][0], outputs[1][0])
     features = ensemble.encoder(batch()[0])
@@ -97,6 +98,17 @@ def test_an_ensemble_predicts_the_normalized_mean_of_log_probabilities():
         product = torch.stack([log_probs.exp() for log_probs in theirs]).prod(dim=0) ** (1 / 3)
         torch.testing.assert_close(ours.exp(), product / product.sum(dim=1, keepdim=True))
         torch.testing.assert_close(again[torch.arange(4), addend], ours)
+
+
+@pytest.mark.parametrize("container", [torch.nn.Sequential, model.Logits])
+def test_ten_features_are_digit_logits_only_if_the_encoder_says_so(container):
+    def encoder():
+        return container(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.ReLU())
+
+    network, (image, addend) = build(encoder, model.OuterProduct).eval(), batch()
+    digit, _ = network(image, addend)
+    logits = F.log_softmax(network.encoder(image), dim=1)
+    assert torch.allclose(digit, logits) == (container is model.Logits)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -167,7 +179,7 @@ def test_the_second_softmax_is_used_in_training_only():
 
 @pytest.mark.parametrize("head", [published.ConcatProbabilities, published.AddedProbabilities])
 def test_a_fixed_head_can_represent_every_sum(head):
-    network = head(None)  # on digit logits
+    network = head(10)
     digit, addend = torch.eye(10).repeat_interleave(10, dim=0), torch.eye(10).repeat(10, 1)
     total, numbers = torch.arange(19.0), torch.arange(10.0)
     with torch.no_grad():  # the logit of s is 2s(d + a) - s^2

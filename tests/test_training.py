@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import train
 from dataset import MNISTSum
 from inference.predictor import load_model
-from model import build_model, shallow
+from model import build_model
 from published.models import ConcatMLP
 from recipes import RECIPES, Recipe, constant
 from support.errors import UserError
@@ -117,9 +117,10 @@ def test_the_model_of_a_run_is_loaded_from_its_directory_or_checkpoint(job):
 
 def test_a_model_is_not_loaded_if_the_recipe_has_another_network_now(job, monkeypatch):
     def wider():
-        return torch.nn.Sequential(shallow(), torch.nn.Linear(256, 300))
+        return torch.nn.Sequential(encoder(), torch.nn.Linear(256, 300))
 
-    wider.__name__ = "shallow"
+    encoder = RECIPES["fast"].encoder
+    wider.__name__ = encoder.__name__
     job(*FLAGS)
     for change in ({"encoder": conftest.toy}, {"head": ConcatMLP}, {"members": 2}):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="^[^\n]*$"):
