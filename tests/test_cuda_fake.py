@@ -117,6 +117,7 @@ def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, mo
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: None)
     monkeypatch.setattr(metrics, "epoch_metrics", epoch_metrics)
     monkeypatch.setattr(metrics.Predictions, "metrics", prediction_metrics)
+    monkeypatch.setattr(metrics.Predictions, "mistakes", lambda *args: [])
     monkeypatch.setattr(plots, "run_figures", lambda *args: plotted.extend(args) or {})
     monkeypatch.setattr(Run, "save_checkpoint", save_checkpoint)
     assert train.main(["--recipe", name, "--device", "cuda", "--dry-run"]) == 0

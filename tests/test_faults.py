@@ -272,7 +272,7 @@ def interrupt_at(monkeypatch, number):
 
 
 EPOCHS = 6 if ALL else 2
-SIMILAR = {"shared-trunk-slow", "concat-linear"}  # have the same state as other recipes
+SIMILAR = {"shared-trunk-slow", "concat-linear", "ensemble"}  # have a state as other recipes
 CASES = list(itertools.product([name for name in RECIPES if name not in SIMILAR], [0, 10]))
 SOME_CASES = [("default", 10), ("fast", 0), ("toy", 0)]
 
