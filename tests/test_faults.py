@@ -160,7 +160,7 @@ def test_a_second_signal(workdir, signum, seed):
     job = Job(*RUN, run_figures=slow_plots)
     job.wait_for(f"epoch {seed + 1}/6")
     job.signal(signum)
-    job.wait_for("drawing")
+    job.wait_for("interrupted", "err")  # two signals at once would be one
     job.signal(signum)
     status, out, _ = job.end()
     assert status == 128 + signum and "drawn" not in out
