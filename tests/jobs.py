@@ -85,9 +85,9 @@ class Job:
         path = self.log.with_suffix(f".{name}")
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, text):
+    def wait_for(self, text, name="out"):
         deadline = time.monotonic() + 120
-        while text not in self.printed():
+        while text not in self.printed(name):
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
