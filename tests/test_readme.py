@@ -180,7 +180,7 @@ def test_ci_runs_the_test_command():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("eval "))
     shown = subprocess.check_output(["bash", "-c", f"echo {line[5:]}"], cwd=ROOT, text=True)
-    assert shown in BLOCKS and shown.endswith(" -m pytest\n")
+    assert any(shown in block for block in BLOCKS) and shown.endswith(" -m pytest\n")
 
 
 def test_uv_installs_what_pip_installs():
