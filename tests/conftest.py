@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import os
 import struct
 import sys
 import threading
@@ -128,8 +129,9 @@ def job_with_plots(workdir, capsys):
 
 @pytest.fixture
 def job(job_with_plots, monkeypatch):
-    """The same without plots, which would take most of the time."""
+    """The same without plots and without waiting for the disk, which take most of the time."""
     monkeypatch.setattr(plots, "run_figures", lambda *args: {})
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     return job_with_plots
 
 

@@ -179,7 +179,7 @@ def test_the_second_softmax_is_used_in_training_only():
 
 @pytest.mark.parametrize("head", [published.ConcatProbabilities, published.AddedProbabilities])
 def test_a_fixed_head_can_represent_every_sum(head):
-    network = head(None)
+    network = head(None)  # on digit logits
     digit, addend = torch.eye(10).repeat_interleave(10, dim=0), torch.eye(10).repeat(10, 1)
     total, numbers = torch.arange(19.0), torch.arange(10.0)
     with torch.no_grad():  # the logit of s is 2s(d + a) - s^2
