@@ -413,7 +413,8 @@ def test_a_signal_keeps_the_last_complete_epoch_and_its_plots(workdir, signum):
     status, out, err = job.end()
     assert status == 128 + signum and re.fullmatch(r"interrupted [^\n]*\d+/1000\n", err), err
     checkpoint = torch.load("my run/last.pt", weights_only=True)
-    assert 2 <= len(rows("my run")) == len(checkpoint["history"]) < 1000
+    epochs = len(checkpoint["history"])
+    assert 2 <= epochs < 1000 and epochs - len(rows("my run")) in (0, 1)  # if it came between both
     assert Path("my run/loss.png").exists()
     assert not Path("my run/results.json").exists()
     assert out.endswith("\nresume   python train.py --resume 'my run'\n")
