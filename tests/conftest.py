@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import signal
 import struct
 import sys
 import threading
@@ -35,6 +36,7 @@ TRAIN_IMAGES, TEST_IMAGES = 600, 200
 
 def pytest_configure():
     torch.set_num_threads(1)  # results are bit-identical only with equal thread counts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 
 def mnist_files(train_images, test_images):
