@@ -5,6 +5,8 @@ import functools
 import gzip
 import hashlib
 import http.server
+import os
+import signal
 import struct
 import sys
 import threading
@@ -34,6 +36,7 @@ TRAIN_IMAGES, TEST_IMAGES = 600, 200
 
 def pytest_configure():
     torch.set_num_threads(1)  # results are bit-identical only with equal thread counts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 
 def mnist_files(train_images, test_images):
@@ -128,8 +131,9 @@ def job_with_plots(workdir, capsys):
 
 @pytest.fixture
 def job(job_with_plots, monkeypatch):
-    """The same without plots, which would take most of the time."""
+    """The same without plots and without waiting for the disk, which take most of the time."""
     monkeypatch.setattr(plots, "run_figures", lambda *args: {})
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     return job_with_plots
 
 
