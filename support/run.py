@@ -173,12 +173,14 @@ class Run:
     def save_epoch(self, epoch, steps, predictions):
         """Save the state after an epoch, and print its metrics.
 
-        steps: float64 (S, 7), from `StepMetrics`; predictions: by split.
+        steps: float64 (S, 7), the `step_metrics` of this process; predictions: by split.
         """
         evaluation = {split: part.seconds for split, part in predictions.items()}
         training = time.perf_counter() - self.epoch_start - sum(evaluation.values())
         smoothing = self.recipe.label_smoothing
-        train_metrics, points = metrics.epoch_metrics(steps, epoch, smoothing)
+        train_metrics, points = metrics.epoch_metrics(
+            distributed.all_reduce_sum(steps), epoch, smoothing
+        )
         evaluated = {split: part.metrics(smoothing) for split, part in predictions.items()}
         row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         row |= metrics.columns({"train": train_metrics} | evaluated)
