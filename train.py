@@ -119,7 +119,7 @@ def main(argv, recipes=RECIPES):
     optimizer = make_optimizer(model, recipe)
     check_batch_size(recipe, train_set, model)
 
-    run = Run(args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint)
+    run = Run(args, recipe, model, optimizer, train_set, eval_sets, checkpoint)
     if args.eval_only:
         return run.report(evaluate_all(model, eval_sets, autocast, run.progress))
     with run:

@@ -115,6 +115,13 @@ def are_valid_flags(flags):
 
 
 def restore(checkpoint, model, optimizer=None):
+def training_caveat(flags):
+    """What makes a network unfit for real digits, as text; "" if nothing does."""
+    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
+    dry_run = "a few batches of a DRY RUN" if flags["dry_run"] else ""
+    return "; ".join(filter(None, [synthetic, dry_run]))
+
+
     """Load a checkpoint into a model and its optimizer. Raises UserError if they don't fit."""
     try:
         model.load_state_dict(checkpoint["network"])
