@@ -91,15 +91,21 @@ class MNISTSum(Dataset):
     def batches(self, batch_size, drop_last=False):
         """This process's share of each batch of the epoch, as a list of indices, int64 (B,).
 
-        All processes get equal shares, so up to world_size - 1 images of the last batch are left
-        out. Raises UserError if they cannot get equal shares of a full batch.
+        All processes get equal shares, of two images or more because batch normalization fails on
+        one. What does not suffice for that at the end of the epoch is left out. Raises UserError if
+        a full batch does not.
         """
         rank, world_size = distributed.rank(), distributed.world_size()
-        if batch_size % world_size:
-            raise UserError(f"--batch-size {batch_size} is not a multiple of {world_size}", 2)
+        least = 2 * world_size
+        if batch_size % world_size or batch_size < least:
+            message = f"--batch-size must be a multiple of {world_size}, at least {least}"
+            raise UserError(message, status=2)
         batches = list(self.order().split(batch_size))
-        if len(batches[-1]) < (batch_size if drop_last else world_size):
+        if len(batches[-1]) < (batch_size if drop_last else least):
             batches.pop()
+        if not batches:
+            message = f"{len(self)} training images are too few for --batch-size {batch_size}"
+            raise UserError(message, status=2)
         return [
             batch[: len(batch) - len(batch) % world_size][rank::world_size] for batch in batches
         ]

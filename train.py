@@ -117,7 +117,6 @@ def main(argv, recipes=RECIPES):
     torch.manual_seed(args.seed)
     model = move_model(build_model(recipe.encoder, recipe.head, recipe.members), device)
     optimizer = make_optimizer(model, recipe)
-    check_batch_size(recipe, train_set, model)
 
     run = Run(args, recipe, model, optimizer, train_set, eval_sets, checkpoint)
     if args.eval_only:
@@ -161,18 +160,6 @@ def make_optimizer(model, recipe):
     options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": fused}
     options |= recipe.optimizer_options
     return getattr(torch.optim, recipe.optimizer)(model.parameters(), **options)
-
-
-def check_batch_size(recipe, dataset, model):
-    """Raise UserError if every batch is dropped, or one is too small for batch normalization."""
-    batches = dataset.batches(recipe.batch_size, recipe.drop_last)
-    if not batches:
-        message = f"--batch-size {recipe.batch_size} exceeds the {len(dataset)} training images"
-        raise UserError(message, status=2)
-    # BatchNorm2d also averages over pixels, but BatchNorm1d cannot normalize a single image.
-    if len(batches[-1]) < 2 and any(isinstance(m, torch.nn.BatchNorm1d) for m in model.modules()):
-        message = f"--batch-size {recipe.batch_size} leaves a batch of one image"
-        raise UserError(f"{message}, too few for batch normalization", status=2)
 
 
 if __name__ == "__main__":
