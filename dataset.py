@@ -35,10 +35,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-SYNTHETIC = "synthetic stand-in digits, NOT MNIST"
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
-# Test images with a disputed label (Northcutt et al. 2021, arXiv 2103.14749).
-DISPUTED = {947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729}
 
 
 class MNISTSum(Dataset):
@@ -94,15 +91,21 @@ class MNISTSum(Dataset):
     def batches(self, batch_size, drop_last=False):
         """This process's share of each batch of the epoch, as a list of indices, int64 (B,).
 
-        All processes get equal shares, so up to world_size - 1 images of the last batch are left
-        out. Raises UserError if they cannot get equal shares of a full batch.
+        All processes get equal shares, of two images or more because batch normalization fails on
+        one. What does not suffice for that at the end of the epoch is left out. Raises UserError if
+        a full batch does not.
         """
         rank, world_size = distributed.rank(), distributed.world_size()
-        if batch_size % world_size:
-            raise UserError(f"--batch-size {batch_size} is not a multiple of {world_size}", 2)
+        least = 2 * world_size
+        if batch_size % world_size or batch_size < least:
+            message = f"--batch-size must be a multiple of {world_size}, at least {least}"
+            raise UserError(message, status=2)
         batches = list(self.order().split(batch_size))
-        if len(batches[-1]) < (batch_size if drop_last else world_size):
+        if len(batches[-1]) < (batch_size if drop_last else least):
             batches.pop()
+        if not batches:
+            message = f"{len(self)} training images are too few for --batch-size {batch_size}"
+            raise UserError(message, status=2)
         return [
             batch[: len(batch) - len(batch) % world_size][rank::world_size] for batch in batches
         ]
@@ -153,8 +156,6 @@ class Source(NamedTuple):
     name: str  # "mnist" or "synthetic"
     train: Any
     test: Any
-    note: str = ""  # a warning to show with every result
-    disputed: frozenset | set = frozenset()  # test images with a disputed label
 
 
 def load_data(name, data_dir):
@@ -171,13 +172,12 @@ def load_data(name, data_dir):
                 raise UserError(f"{error}; place {', '.join(SHA256)} in {data_dir}") from error
             warn(f"warning: {error}")
             warn(f"to train on MNIST, place {', '.join(SHA256)} in {data_dir}")
-            warn(f"training on {SYNTHETIC}")
+            warn("training on synthetic digits, NOT MNIST")
             name = "synthetic"
     if distributed.from_rank_0(lambda: name) == "synthetic":
         train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
-        return Source("synthetic", train, test, note=SYNTHETIC)
-    train, test = read_mnist(data_dir, "train"), read_mnist(data_dir, "t10k")
-    return Source("mnist", train, test, disputed=DISPUTED)
+        return Source("synthetic", train, test)
+    return Source("mnist", read_mnist(data_dir, "train"), read_mnist(data_dir, "t10k"))
 
 
 def find_file(data_dir, name):

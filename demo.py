@@ -21,9 +21,9 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 from inference.handwriting import prepare, read_picture
-from inference.predictor import UNSURE, Predictor, load_model, make_record, predict, training_caveat
+from inference.predictor import UNSURE, Predictor, load_model, make_record, predict
 from recipes import RECIPES
-from support.checkpoint import find_checkpoint, latest_runs
+from support.checkpoint import find_checkpoint, latest_runs, training_caveat
 from support.cli import Parser, exit_status, number
 from support.console import log, warn
 from support.errors import UserError

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from inference.export import FORMATS, export
 from inference.handwriting import NO_INK, prepare, read_picture, upright
-from inference.predictor import Predictor, load_model, make_record, predict, training_caveat
+from inference.predictor import Predictor, load_model, make_record, predict
+from support.checkpoint import training_caveat
 from support.cli import Parser, exit_status
 from support.console import log, warn
 from support.errors import UserError
@@ -70,9 +71,8 @@ def main(argv):
     if caveat := training_caveat(checkpoint["flags"]):
         warn(f"warning: the network was trained on {caveat}")
     for file in args.export:
-        data = training_caveat(checkpoint["flags"]) or "MNIST"
         report = warn if args.json else log  # stdout is for the JSON
-        for path in export(file, predictor, checkpoint, data):
+        for path in export(file, predictor, checkpoint):
             report(f"exported {path}")
 
     files, originals, prepared = [], [], []

@@ -40,7 +40,7 @@ from dataset import MNISTSum, load_data, split_indices
 from model import build_model
 from recipes import RECIPES, recipe_from_args
 from support.device import broadcast_buffers, move_model, pick_device, replicate
-from support.metrics import Predictions, StepMetrics
+from support.metrics import Predictions, step_metrics
 from support.run import Run, start
 
 EVAL_BATCH = 500  # images, each evaluated with all ten addends
@@ -48,11 +48,11 @@ DRY_RUN_BATCHES, DRY_RUN_IMAGES = 3, 200  # at most
 
 
 def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
-    """Train for one epoch; returns `StepMetrics.sums`, float64 (S, 7) for S steps."""
+    """Train for one epoch; returns the `step_metrics` of this process: float64 (S, 7), S steps."""
     model.train()
     torch.manual_seed(dataset.process_seed())  # for dropout, if the network has it
     batches = dataset.batches(recipe.batch_size, recipe.drop_last)  # this process's share of each
-    steps = StepMetrics()
+    steps = []
     for step, indices in enumerate(batches, start=(epoch - 1) * len(batches)):
         image, digit, addend, total = dataset.batch(indices)  # (B, 1, 28, 28), (B,), (B, 10), (B,)
         lr = recipe.lr * recipe.schedule(step, recipe.epochs * len(batches))
@@ -68,9 +68,10 @@ def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
         loss.backward()
         optimizer.step()
 
-        steps.add(digit_log_probs, digit, digit_loss, sum_log_probs, total, sum_loss)
+        outputs = digit_log_probs, digit, digit_loss, sum_log_probs, total, sum_loss
+        steps.append(step_metrics(*outputs))
         progress.update()
-    return steps.sums()
+    return torch.stack(steps).cpu().double()
 
 
 def smoothed_nll(log_probs, target, smoothing):
@@ -116,9 +117,8 @@ def main(argv, recipes=RECIPES):
     torch.manual_seed(args.seed)
     model = move_model(build_model(recipe.encoder, recipe.head, recipe.members), device)
     optimizer = make_optimizer(model, recipe)
-    check_batch_size(recipe, train_set, model)
 
-    run = Run(args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint)
+    run = Run(args, recipe, model, optimizer, train_set, eval_sets, checkpoint)
     if args.eval_only:
         return run.report(evaluate_all(model, eval_sets, autocast, run.progress))
     with run:
@@ -160,18 +160,6 @@ def make_optimizer(model, recipe):
     options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": fused}
     options |= recipe.optimizer_options
     return getattr(torch.optim, recipe.optimizer)(model.parameters(), **options)
-
-
-def check_batch_size(recipe, dataset, model):
-    """Raise UserError if every batch is dropped, or one is too small for batch normalization."""
-    batches = dataset.batches(recipe.batch_size, recipe.drop_last)
-    if not batches:
-        message = f"--batch-size {recipe.batch_size} exceeds the {len(dataset)} training images"
-        raise UserError(message, status=2)
-    # BatchNorm2d also averages over pixels, but BatchNorm1d cannot normalize a single image.
-    if len(batches[-1]) < 2 and any(isinstance(m, torch.nn.BatchNorm1d) for m in model.modules()):
-        message = f"--batch-size {recipe.batch_size} leaves a batch of one image"
-        raise UserError(f"{message}, too few for batch normalization", status=2)
 
 
 if __name__ == "__main__":

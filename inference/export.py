@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from support.checkpoint import training_caveat
 from support.console import printable
 from support.constants import SIDE
 from support.errors import UserError
@@ -21,12 +22,8 @@ digits, sums = session.run(None, {{"pixels": pixels, "addend": addends}})"""
 FORMATS = {".pt2": PT2_CODE, ".onnx": ONNX_CODE}  # by suffix: code for the model card
 
 
-def export(path, predictor, checkpoint, data):
-    """Write a network, in the format of the suffix, and its model card; returns both paths.
-
-    predictor: maps uint8 (B, 28, 28) and int64 (B,) to probabilities; data: text on what the
-    network was trained on.
-    """
+def export(path, predictor, checkpoint):
+    """Write a `Predictor`, in the format of the suffix, and its model card; returns both paths."""
     batch = {0: torch.export.Dim("batch")}  # any size
     example = torch.zeros(2, SIDE, SIDE).byte(), torch.zeros(2).long()
     program = torch.export.export(predictor, example, dynamic_shapes=(batch, batch))
@@ -34,11 +31,8 @@ def export(path, predictor, checkpoint, data):
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # contains paths of this machine
     write_atomic(path, as_onnx(program) if path.suffix == ".onnx" else as_pt2(program))
-    card, card_path = (
-        model_card(path, predictor, checkpoint, data),
-        path.with_name(f"{path.name}.md"),
-    )
-    write_atomic(card_path, card.encode())
+    card_path = path.with_name(f"{path.name}.md")
+    write_atomic(card_path, model_card(path, predictor, checkpoint).encode())
     return path, card_path
 
 
@@ -65,10 +59,11 @@ def as_onnx(program):
     return exported.model_proto.SerializeToString()
 
 
-def model_card(path, predictor, checkpoint, data):
+def model_card(path, predictor, checkpoint):
     """The model card of an exported network, in Markdown."""
     template = Path(__file__).with_name("model_card.md").read_text("utf-8")
     values = checkpoint["flags"] | checkpoint["recipe"] | checkpoint["history"][-1]
-    values |= {"name": printable(path.name), "data": data}
+    values["data"] = training_caveat(checkpoint["flags"]) or "MNIST"
     values["parameters"] = sum(p.numel() for p in predictor.parameters())
-    return template.format(code=FORMATS[path.suffix].format(name=path.name), **values)
+    code = FORMATS[path.suffix].format(name=path.name)
+    return template.format(name=printable(path.name), code=code, **values)

@@ -32,13 +32,6 @@ def load_model(path):
     return model.eval(), checkpoint
 
 
-def training_caveat(flags):
-    """What makes a network unfit for real digits, as text; "" if nothing does."""
-    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
-    dry_run = "a few batches of a dry run" if flags["dry_run"] else ""
-    return "; ".join(filter(None, [synthetic, dry_run]))
-
-
 class Predictor(torch.nn.Module):
     """A trained network that takes pixels and returns probabilities, for inference only."""
 

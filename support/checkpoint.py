@@ -1,5 +1,6 @@
 """Checkpoints: finding, loading and validating them."""
 
+import copy
 import io
 import itertools
 import math
@@ -114,6 +115,13 @@ def are_valid_flags(flags):
     return parsed == flags
 
 
+def training_caveat(flags):
+    """What makes a network unfit for real digits, as text; "" if nothing does."""
+    synthetic = "synthetic digits, NOT MNIST" if flags["dataset"] != "mnist" else ""
+    dry_run = "a few batches of a DRY RUN" if flags["dry_run"] else ""
+    return "; ".join(filter(None, [synthetic, dry_run]))
+
+
 def restore(checkpoint, model, optimizer=None):
     """Load a checkpoint into a model and its optimizer. Raises UserError if they don't fit."""
     try:
@@ -129,13 +137,10 @@ def restore(checkpoint, model, optimizer=None):
 
 def state_after_a_step(optimizer):
     """The state_dict of an optimizer like this one after a step."""
-    groups = []
-    for group in optimizer.param_groups:
-        parameters = [torch.zeros_like(parameter) for parameter in group["params"]]
-        for parameter in parameters:
+    other = copy.deepcopy(optimizer)  # with copies of the parameters
+    for group in other.param_groups:
+        for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        groups.append({**group, "params": parameters})
-    other = type(optimizer)(groups)
     other.step()
     return other.state_dict()
 

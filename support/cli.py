@@ -47,7 +47,7 @@ def device_name(text):
 def train_parser(description=""):
     """The parser of train.py. Flags that replace a setting of the recipe default to None."""
     parser = Parser(prog="train.py", description=description)
-    count, images, seed = number(int, 1, 100_000), number(int, 0, 59_999), number(int, 0, 2**32 - 1)
+    size, images, seed = number(int, 2, 100_000), number(int, 0, 59_999), number(int, 0, 2**32 - 1)
 
     def flag(*names, **options):
         if "default" in options:
@@ -57,7 +57,7 @@ def train_parser(description=""):
     group = parser.add_argument_group("recipe", "flags override the recipe")
     flag("--recipe", default="default", metavar="NAME", help="see above")
     flag("--epochs", type=number(int, 1, 5000), metavar="N", help="training epochs, 1 to 5000")
-    flag("-b", "--batch-size", type=count, metavar="N", help="images per step, 1 to 100000")
+    flag("-b", "--batch-size", type=size, metavar="N", help="images per step, 2 to 100000")
     flag("--lr", type=number(float, 1e-9, 100), metavar="X", help="peak learning rate, 1e-9 to 100")
     flag("--weight-decay", type=number(float, 0, 10), metavar="X", help="weight decay, 0 to 10")
     flag("--addends", choices=["each-epoch", "once"], help="when the addends are drawn")

@@ -107,45 +107,30 @@ def lowest_loss(label_smoothing, classes):
     return torch.special.entr(target).sum().item()
 
 
-class StepMetrics:
-    """Losses and correct predictions of the training steps of an epoch, on the device.
+@torch.no_grad()
+def step_metrics(digit_log_probs, digit, digit_objective, sum_log_probs, total, sum_objective):
+    """Sums over the images of a training step: (7,), TRAIN_METRICS and the number of images.
 
-    They are copied once, at the end: reading them at each step would stall a GPU.
+    Takes the outputs (B, 10) and (B, 19), their targets (B,), and what is minimized. The sums stay
+    on the device: reading them at each step would stall a GPU.
     """
-
-    def __init__(self):
-        self.rows = []
-
-    @torch.no_grad()
-    def add(self, digit_log_probs, digit, digit_objective, sum_log_probs, total, sum_objective):
-        """Add a step: outputs (B, 10) and (B, 19), their targets (B,), and what is minimized."""
-        self.rows.append(
-            torch.stack(
-                [
-                    F.nll_loss(digit_log_probs, digit),
-                    F.nll_loss(sum_log_probs, total),
-                    digit_objective.detach(),
-                    sum_objective.detach(),
-                    (digit_log_probs.argmax(dim=1) == digit).float().mean(),
-                    (sum_log_probs.argmax(dim=1) == total).float().mean(),
-                    torch.ones_like(digit_objective),
-                ]
-            )
-            * len(digit)
-        )
-
-    def sums(self):
-        """The sums over the images of each step: float64 (S, 7), in the order of TRAIN_METRICS.
-
-        The last column is the number of images.
-        """
-        return distributed.all_reduce_sum(torch.stack(self.rows)).cpu().double()
+    values = [
+        F.nll_loss(digit_log_probs, digit),
+        F.nll_loss(sum_log_probs, total),
+        digit_objective.detach(),
+        sum_objective.detach(),
+        (digit_log_probs.argmax(dim=1) == digit).float().mean(),
+        (sum_log_probs.argmax(dim=1) == total).float().mean(),
+        torch.ones_like(digit_objective),
+    ]
+    return len(digit) * torch.stack(values)
 
 
 def epoch_metrics(steps, epoch, label_smoothing):
     """Means of an epoch, and points of its loss curve: (epochs trained, digit, sum).
 
-    steps: float64 (S, 7), from `StepMetrics`. The curve is that of the training objective.
+    steps: float64 (S, 7), a row of `step_metrics` for each step. The curve is that of the training
+    objective.
     """
 
     def means(part):  # over images, not over batches, since the last batch may be smaller

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from support import checkpoint as checkpoints
 from support import distributed, metrics, plots
-from support.checkpoint import LAST, RUNS
+from support.checkpoint import LAST, RUNS, training_caveat
 from support.cli import TRANSIENT, parse_train_args
 from support.console import log, printable, warn
+from support.constants import DISPUTED
 from support.errors import DivergedError, Interrupted, UserError
 from support.files import lock_directory, write_atomic
 
@@ -58,21 +59,20 @@ class Run:
     If it is interrupted, it ends with the command that continues the run. Rank 0 writes all files.
 
     Args:
-        data: the Source of the images.
         train_set: an MNISTSum; eval_sets: the MNISTSums to evaluate, by split.
         checkpoint: the one to resume, or None.
     """
 
-    def __init__(self, args, recipe, model, optimizer, data, train_set, eval_sets, checkpoint):
+    def __init__(self, args, recipe, model, optimizer, train_set, eval_sets, checkpoint):
         self.args, self.recipe, self.model, self.optimizer = args, recipe, model, optimizer
-        self.data, self.datasets = data, {"train": train_set, **eval_sets}
+        self.datasets = {"train": train_set, **eval_sets}
         self.history, self.curve, self.predictions, self.status = [], [], {}, 0
         self.start_time, self.contexts = time.perf_counter(), ExitStack()
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.info = {
             "recipe": args.recipe,
-            "dataset": data.name,
-            "note": data.note or ("DRY RUN: a few batches only" if args.dry_run else ""),
+            "dataset": args.dataset,
+            "note": training_caveat(vars(args)),
             "seed": args.seed,
             "epochs": recipe.epochs,
             "parameters": parameters,
@@ -173,12 +173,14 @@ class Run:
     def save_epoch(self, epoch, steps, predictions):
         """Save the state after an epoch, and print its metrics.
 
-        steps: float64 (S, 7), from `StepMetrics`; predictions: by split.
+        steps: float64 (S, 7), the `step_metrics` of this process; predictions: by split.
         """
         evaluation = {split: part.seconds for split, part in predictions.items()}
         training = time.perf_counter() - self.epoch_start - sum(evaluation.values())
         smoothing = self.recipe.label_smoothing
-        train_metrics, points = metrics.epoch_metrics(steps, epoch, smoothing)
+        train_metrics, points = metrics.epoch_metrics(
+            distributed.all_reduce_sum(steps), epoch, smoothing
+        )
         evaluated = {split: part.metrics(smoothing) for split, part in predictions.items()}
         row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         row |= metrics.columns({"train": train_metrics} | evaluated)
@@ -278,9 +280,10 @@ class Run:
         title = "{recipe}, seed {seed}, epoch {} of {epochs}: ".format(row["epoch"], **self.info)
         title += "{test_digit_accuracy:.2%} digit, {test_sum_accuracy:.2%} sum".format(**row)
         title += f" ({self.info['note']})" if self.info["note"] else ""
-        shown = test_set.images.cpu(), test_set.addends.cpu(), self.data.disputed, title
+        disputed = DISPUTED if self.args.dataset == "mnist" else set()
+        shown = test_set.images.cpu(), test_set.addends.cpu(), disputed, title
         predictions = self.predictions["test"]
-        rows = predictions.mistakes(self.data.disputed)
+        rows = predictions.mistakes(disputed)
         self.save_csv("mistakes.csv", metrics.MISTAKE_COLUMNS, rows)
         curves = self.history, self.curve, predictions
         figures = plots.run_figures(*curves, *shown, self.recipe.label_smoothing)

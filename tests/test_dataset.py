@@ -113,7 +113,7 @@ def set_rank(monkeypatch, rank, world_size):
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
 
 
-@pytest.mark.parametrize("images, last", [(130, 2), (131, 2), (129, 0)])
+@pytest.mark.parametrize("images, last", [(132, 4), (133, 4), (131, 0)])
 def test_processes_get_equal_shares_of_each_batch_and_of_the_images(
     digits, images, last, monkeypatch
 ):
@@ -125,7 +125,7 @@ def test_processes_get_equal_shares_of_each_batch_and_of_the_images(
         evaluated.append(dataset.share())
         with pytest.raises(UserError):
             dataset.batches(65)
-    sizes = [64, 64] + ([last] if last else [])  # an image that cannot be shared is left out
+    sizes = [64, 64] + ([last] if last else [])  # images that cannot be shared are left out
     for share, size, batch in zip(zip(*shares, strict=True), sizes, order.split(64), strict=False):
         assert [len(part) for part in share] == [size // 2] * 2
         assert torch.equal(torch.cat(share).sort().values, batch[:size].sort().values)

@@ -345,7 +345,7 @@ def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, caveat", [({"dataset": "synthetic"}, "NOT MNIST"), ({"dry_run": True}, "dry run")]
+    "flags, caveat", [({"dataset": "synthetic"}, "NOT MNIST"), ({"dry_run": True}, "DRY RUN")]
 )
 def test_a_network_not_trained_on_all_of_mnist_gives_a_warning(
     command, trained, pictures, flags, caveat
@@ -436,7 +436,7 @@ def test_a_directory_that_does_not_exist_is_one_line(command):
 def test_the_code_of_a_card_is_valid_for_any_file_name(trained, suffix):
     model, checkpoint = load_model(trained)
     path = Path(f'o\'ne "two" {{three}}{suffix}')
-    card = export.model_card(path, model, checkpoint, "MNIST")
+    card = export.model_card(path, model, checkpoint)
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
     (name,) = (node.value for node in ast.walk(ast.parse(code)) if is_name(node, suffix))
     assert name == path.name
@@ -444,7 +444,7 @@ def test_the_code_of_a_card_is_valid_for_any_file_name(trained, suffix):
 
 def test_unprintable_characters_are_escaped_in_a_card(trained):
     model, checkpoint = load_model(trained)
-    card = export.model_card(Path("a\x1b[31m.pt2"), model, checkpoint, "MNIST")
+    card = export.model_card(Path("a\x1b[31m.pt2"), model, checkpoint)
     assert all(line.isprintable() for line in card.splitlines())
 
 

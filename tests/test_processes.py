@@ -21,7 +21,7 @@ from support import device
 from support.errors import UserError
 from support.synthetic import synthetic_mnist
 
-IMAGES = {"train": 26, "test": 11}  # the second process evaluates fewer than the first
+IMAGES = {"train": 28, "test": 11}  # the second process evaluates fewer than the first
 FLAGS = "--recipe toy --batch-size 12 --precision fp32 --device cpu".split()
 ENSEMBLE = dataclasses.replace(RECIPES["fast"], members=2)
 

@@ -165,7 +165,7 @@ def test_log_txt_has_the_commands_and_all_lines_of_each_invocation(job):
 def test_quiet_prints_one_line(job):
     status, out, err = job(*FAST, "--dry-run", "--quiet")
     assert (status, err, out.count("\n")) == (0, "", 1)
-    assert out.startswith("result   test: ") and "(DRY RUN" in out
+    assert out.startswith("result   test: ") and "DRY RUN" in out
 
 
 MORE = {
@@ -293,8 +293,7 @@ USAGE = """
 --epochs 0; --epochs 2.5; --epochs many; --epochs 5001; --batch-size -1; --lr nan; --lr 0;
 --weight-decay 11; --seed -1; --seed 4294967296; --val-size 600; --dataset cifar; --device tpu;
 --precision fp16; --recipe none; --epoch 3; --bogus; stray; --eval-only;
---resume x --output-dir y; --recipe fast --batch-size 599; --recipe fast --batch-size 1;
---recipe concat-mlp --batch-size 601
+--resume x --output-dir y; --batch-size 1; --val-size 599; --recipe concat-mlp --batch-size 601
 """
 
 
@@ -305,8 +304,8 @@ def test_wrong_usage_is_one_line_and_status_2(job, flags):
     assert os.listdir() == ["data"]
 
 
-def test_a_batch_of_one_image_is_trained_on_if_the_network_can(job, toy_recipe):
-    assert job("--recipe", "toy", "--epochs", 1, "--batch-size", 599, "--device", "cpu")[0] == 0
+def test_a_last_batch_of_one_image_is_left_out(job):  # batch normalization fails on it
+    assert job("--recipe", "fast", "--batch-size", 599, "--device", "cpu")[0] == 0
 
 
 # Resume
