@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent
 PRETRAINED = ROOT / "results" / "tiny.pt"
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
 MAX_BYTES, MAX_PIXELS = 4_000_000, 24_000_000  # of an image
-DEADLINE, TURN = 15, 10  # seconds for a request and its reply; to wait for its turn
+TURN = 10  # seconds that a request waits for its turn
 POLICY = "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
 POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -128,20 +128,11 @@ class Server(ThreadingTCPServer):
 class Handler(BaseHTTPRequestHandler):
     """GET / returns the page; POST /predict?addend=N&network=I the record of the posted image."""
 
-    def handle(self):
-        deadline = threading.Timer(DEADLINE, self.hang_up)
-        deadline.daemon = True  # the program can end before it
-        deadline.start()
-        try:
-            super().handle()
-        except OSError:  # the client is gone or too slow
-            pass
-        finally:
-            deadline.cancel()
+    timeout = 15  # seconds without a byte from the client
 
-    def hang_up(self):
+    def handle(self):
         with suppress(OSError):  # the client is gone
-            self.connection.shutdown(socket.SHUT_RDWR)
+            super().handle()
 
     def client_is_gone(self):
         readable, _, _ = select.select([self.connection], [], [], 0)

@@ -16,8 +16,7 @@ from support.errors import UserError
 
 RUNS = Path("runs")
 LAST = "last.pt"
-CONTENT = {"flags": dict, "recipe": dict, "history": list, "curve": list, "seconds": float}
-CONTENT |= {"network": dict, "optimizer": dict}
+TYPES = {"recipe": dict, "history": list, "curve": list, "network": dict, "optimizer": dict}
 
 
 def latest_runs(recipes):
@@ -71,48 +70,44 @@ def load_checkpoint(path):
             if archive.testzip():  # torch.load accepts damaged tensors
                 raise zipfile.BadZipFile
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not is_valid(checkpoint):
+            raise ValueError
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     except Exception as error:  # for a damaged archive, zipfile and torch raise many types
-        raise UserError(f"cannot read {path} (damaged or not a checkpoint)") from error
-    if not is_valid(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of this version of the program")
+        message = f"cannot read {path} (damaged, or not a checkpoint of this version)"
+        raise UserError(message) from error
     return checkpoint
 
 
 def is_valid(checkpoint):
-    """Whether a checkpoint has the content that the program relies on, apart from the tensors."""
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(name), kind) for name, kind in CONTENT.items()
-    ):
-        return False
+    """Whether a checkpoint has the content that the program relies on, apart from the tensors.
+
+    If it has another structure, this may raise any error.
+    """
     history, curve = checkpoint["history"], checkpoint["curve"]
-    rows = [list(row.values()) if isinstance(row, dict) else [None] for row in history]
-    numbers = [checkpoint["seconds"], *itertools.chain(*rows, *curve)]
+    numbers = itertools.chain([checkpoint["seconds"]], *map(dict.values, history), *curve)
     return (
         all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers)
         and len({tuple(row) for row in history}) == 1  # the same columns, at least one row
         and {"test_digit_accuracy", "test_sum_accuracy", "train_seconds"} <= history[0].keys()
         and [row["epoch"] for row in history] == list(range(1, len(history) + 1))
         and all(len(point) == 3 for point in curve)
-        and isinstance(checkpoint["recipe"].get("epochs"), int)
+        and isinstance(checkpoint["recipe"]["epochs"], int)
+        and all(isinstance(checkpoint[name], kind) for name, kind in TYPES.items())
         and are_valid_flags(checkpoint["flags"])
     )
 
 
 def are_valid_flags(flags):
-    """Whether these are flags of train.py with valid values: the parser decides."""
-    parser = train_parser()
+    """Whether these are flags of train.py, with values that its parser accepts, or UserError."""
     line = []
     for name, value in flags.items():
         if value is not None and value is not False:  # 0 is a value
             flag = f"--{name}".replace("_", "-")
             line.append(flag if value is True else f"{flag}={value}")
-    try:
-        parsed = {k: v for k, v in vars(parser.parse_args(line)).items() if k not in TRANSIENT}
-    except UserError:
-        return False
-    return parsed == flags
+    parsed = vars(train_parser().parse_args(line))
+    return {name: value for name, value in parsed.items() if name not in TRANSIENT} == flags
 
 
 def training_caveat(flags):

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+from contextlib import suppress
 
 from support.errors import UserError
 
@@ -105,13 +106,30 @@ def parse_train_args(argv, description="", saved=None):
     return args
 
 
+def interrupt(signum, frame):
+    """A handler of signals that does what Python does on SIGINT, and tells which one it was."""
+    raise KeyboardInterrupt(signum)
+
+
+def interrupt_status(error):
+    """The exit status after a KeyboardInterrupt, as in a shell."""
+    return 128 + next(iter(error.args), signal.SIGINT)
+
+
 def exit_status(main):
-    """Decorate `main(argv)`: an expected error becomes one line on stderr and an exit status."""
+    """Decorate `main(argv)`: an expected error becomes one line on stderr and an exit status.
+
+    SIGTERM and SIGHUP raise KeyboardInterrupt like SIGINT, unless they are ignored (nohup).
+    """
     from support import distributed  # not at the top: --help should not wait for torch
     from support.console import printable
 
     @functools.wraps(main)
     def wrapper(argv=None, **options):
+        with suppress(ValueError):  # not in the main thread
+            for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(signum) == signal.SIG_DFL:
+                    signal.signal(signum, interrupt)
         try:
             status = main(sys.argv[1:] if argv is None else list(argv), **options)
             distributed.close()
@@ -120,7 +138,7 @@ def exit_status(main):
             return fail(error, str(error), error.status)
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            return 128 + getattr(error, "signum", signal.SIGINT)
+            return interrupt_status(error)
         except (RuntimeError, MemoryError) as error:
             if not re.search("out of memory|DefaultCPUAllocator|^(std::bad_alloc)?$", str(error)):
                 raise

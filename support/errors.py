@@ -11,10 +11,3 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """A loss is NaN or infinite. Training is deterministic: resuming would end the same way."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal other than SIGINT, for which Python itself raises KeyboardInterrupt."""
-
-    def __init__(self, signum):
-        self.signum = signum

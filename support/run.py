@@ -11,10 +11,9 @@ import math
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from tqdm import tqdm
 from support import checkpoint as checkpoints
 from support import distributed, metrics, plots
 from support.checkpoint import LAST, RUNS, training_caveat
-from support.cli import TRANSIENT, parse_train_args
+from support.cli import TRANSIENT, interrupt_status, parse_train_args
 from support.console import log, printable, warn
 from support.constants import DISPUTED
-from support.errors import DivergedError, Interrupted, UserError
+from support.errors import DivergedError, UserError
 from support.files import lock_directory, write_atomic
 
 BEST, LOG = "best.pt", "log.txt"
@@ -109,7 +108,6 @@ class Run:
     def __enter__(self):
         self.contexts.enter_context(self.progress)
         self.path = Path(distributed.from_rank_0(run_directory, self.args))
-        self.contexts.enter_context(interrupted_by_signals())
         if distributed.rank() == 0:
             self.contexts.enter_context(lock_directory(self.path, wait=False))
             self.identity = os.stat(self.path)
@@ -141,7 +139,7 @@ class Run:
         saved = (self.path / LAST).exists()
         try:
             if isinstance(error, KeyboardInterrupt):
-                self.status = 128 + getattr(error, "signum", signal.SIGINT)
+                self.status = interrupt_status(error)
                 unsaved = "" if saved else "; nothing was saved"
                 done = f"{len(self.history)}/{self.recipe.epochs}"
                 self.log(f"interrupted after epoch {done}{unsaved}", show=warn)
@@ -309,24 +307,3 @@ def run_directory(args):
         except OSError as error:
             if args.output_dir or not path.is_dir():
                 raise UserError(f"cannot create {path} ({error.strerror})") from error
-
-
-@contextmanager
-def interrupted_by_signals():
-    """Raise Interrupted on SIGTERM and SIGHUP, unless they are ignored (nohup) or handled."""
-
-    def interrupt(signum, frame):
-        raise Interrupted(signum)
-
-    caught = []
-    with suppress(ValueError):  # not in the main thread
-        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, interrupt)
-                caught.append(number)
-    try:
-        yield
-    finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)

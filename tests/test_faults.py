@@ -410,6 +410,7 @@ FOREIGN = {
     "other recipe": edited(lambda state: state | {"flags": state["flags"] | {"recipe": "gone"}}),
     "other types": edited(lambda state: state | {"flags": None, "history": None}),
     "no curve": edited(lambda state: {k: v for k, v in state.items() if k != "curve"}),
+    "other curve": edited(lambda state: state | {"curve": [1]}),
     "no flags": edited(lambda state: state | {"flags": {}}),
     "no epochs": edited(lambda state: state | {"history": []}),
     "other epochs": edited(lambda state: state | {"history": state["history"][1:]}),
