@@ -139,10 +139,14 @@ def exit_status(main):
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             return interrupt_status(error)
-        except (RuntimeError, MemoryError) as error:
-            if not re.search("out of memory|DefaultCPUAllocator|^(std::bad_alloc)?$", str(error)):
-                raise
+        except MemoryError as error:
             return fail(error, "out of memory; try a smaller --batch-size")
+        except RuntimeError as error:
+            if re.search("out of memory|DefaultCPUAllocator|bad_alloc", str(error)):
+                return fail(error, "out of memory; try a smaller --batch-size")
+            if distributed.world_size() == 1:
+                raise
+            return fail(error, str(error).splitlines()[0])  # perhaps another process has ended
         except OSError as error:
             try:
                 print(end="", flush=True)

@@ -161,7 +161,8 @@ class Run:
         """Yield the epochs to train, counted from 1."""
         first, last = len(self.history) + 1, self.recipe.epochs
         if first > last and not self.args.quiet:
-            self.log(f"nothing left to train after epoch {last}/{last}; see --epochs")
+            longer = "to train longer, add --epochs with a larger number"
+            self.log(f"nothing left to train after epoch {last}/{last}: {longer}")
         for epoch in range(first, last + 1):
             self.epoch_start = time.perf_counter()
             self.progress.set_description(f"epoch {epoch}/{last}")
@@ -270,17 +271,19 @@ class Run:
         self.save_json("args.json", {"command": self.args.command} | self.info | settings)
 
     def save_plots(self):
-        """Draw the plots of the last saved epoch, and list the misread images."""
-        if not self.predictions or distributed.rank() > 0:
+        """Draw the plots of the last saved epoch, once, and list the misread images."""
+        splits, self.predictions = self.predictions, {}
+        if not splits or distributed.rank() > 0:
             return
         self.progress.set_postfix_str("drawing plots")
         row, test_set = self.history[-1], self.datasets["test"]
         title = "{recipe}, seed {seed}, epoch {} of {epochs}: ".format(row["epoch"], **self.info)
-        title += "{test_digit_accuracy:.2%} digit, {test_sum_accuracy:.2%} sum".format(**row)
+        digit, total = (100 * row[f"test_{output}_accuracy"] for output in ("digit", "sum"))
+        title += f"{digit:.2f} % digit, {total:.2f} % sum"
         title += f" ({self.info['note']})" if self.info["note"] else ""
         disputed = DISPUTED if self.args.dataset == "mnist" else set()
         shown = test_set.images.cpu(), test_set.addends.cpu(), disputed, title
-        predictions = self.predictions["test"]
+        predictions = splits["test"]
         rows = predictions.mistakes(disputed)
         self.save_csv("mistakes.csv", metrics.MISTAKE_COLUMNS, rows)
         curves = self.history, self.curve, predictions
