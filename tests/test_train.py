@@ -235,7 +235,7 @@ def test_32_images_can_be_memorized(job, monkeypatch):
 
 
 def test_best_pt_is_the_best_on_the_validation_split(job):
-    status, out, _ = job(*FAST, "--epochs", 4, "--val-size", 150, "--lr", 0.7)
+    status, out, _ = job(*FAST, "--epochs", 4, "--val-size", 150, "--lr", 2, "--precision", "fp32")
     assert status == 0 and "450 train, 150 val, 200 test" in out
     accuracies = [float(row["val_both_accuracy"]) for row in rows("runs/fast")]
     best = accuracies.index(max(accuracies)) + 1
