@@ -91,9 +91,9 @@ class MNISTSum(Dataset):
     def batches(self, batch_size, drop_last=False):
         """This process's share of each batch of the epoch, as a list of indices, int64 (B,).
 
-        All processes get equal shares, of two images or more because batch normalization fails on
-        one. What does not suffice for that at the end of the epoch is left out. Raises UserError if
-        a full batch does not.
+        All processes get equal shares of at least two images, because batch normalization fails on
+        one; too few images at the end of the epoch are left out. Raises UserError if a full batch
+        cannot be shared like that, or there is none.
         """
         rank, world_size = distributed.rank(), distributed.world_size()
         least = 2 * world_size

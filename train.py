@@ -95,14 +95,10 @@ def evaluate(model, dataset, autocast):
     return Predictions.merged(outputs, dataset.digits, start_time)
 
 
-def evaluate_all(model, datasets, autocast, progress):
+def evaluate_all(model, datasets, autocast):
     """`evaluate` on each of the datasets, a dict by split."""
     broadcast_buffers(model)
-    predictions = {}
-    for split, dataset in datasets.items():
-        progress.set_postfix_str(f"evaluating {split}")
-        predictions[split] = evaluate(model, dataset, autocast)
-    return predictions
+    return {split: evaluate(model, dataset, autocast) for split, dataset in datasets.items()}
 
 
 @exit_status
@@ -120,7 +116,7 @@ def main(argv, recipes=RECIPES):
 
     run = Run(args, recipe, model, optimizer, train_set, eval_sets, checkpoint)
     if args.eval_only:
-        return run.report(evaluate_all(model, eval_sets, autocast, run.progress))
+        return run.report(evaluate_all(model, eval_sets, autocast))
     with run:
         replicas = [replicate(member) for member in model.members]
         predictions = None
@@ -131,9 +127,9 @@ def main(argv, recipes=RECIPES):
                 steps += train_epoch(
                     replica, optimizer, train_set, recipe, epoch, autocast, run.progress
                 )
-            predictions = evaluate_all(model, eval_sets, autocast, run.progress)
+            predictions = evaluate_all(model, eval_sets, autocast)
             run.save_epoch(epoch, steps, predictions)
-        run.finish(predictions or evaluate_all(model, eval_sets, autocast, run.progress))
+        run.finish(predictions or evaluate_all(model, eval_sets, autocast))
     return run.status
 
 

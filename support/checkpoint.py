@@ -1,6 +1,5 @@
 """Checkpoints: finding, loading and validating them."""
 
-import copy
 import io
 import itertools
 import math
@@ -120,24 +119,18 @@ def training_caveat(flags):
 def restore(checkpoint, model, optimizer=None):
     """Load a checkpoint into a model and its optimizer. Raises UserError if they don't fit."""
     try:
-        model.load_state_dict(checkpoint["network"])
         if optimizer:
-            # Fused optimizers do not check their state: they crash if it has other shapes.
-            if layout(checkpoint["optimizer"]) != layout(state_after_a_step(optimizer)):
+            # Fused optimizers do not check their state: they crash if it has other shapes. A step
+            # makes the state that is expected; what it changes is replaced.
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            if layout(checkpoint["optimizer"]) != layout(optimizer.state_dict()):
                 raise ValueError
             optimizer.load_state_dict(checkpoint["optimizer"])
+        model.load_state_dict(checkpoint["network"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("the checkpoint is of a different network or optimizer") from error
-
-
-def state_after_a_step(optimizer):
-    """The state_dict of an optimizer like this one after a step."""
-    other = copy.deepcopy(optimizer)  # with copies of the parameters
-    for group in other.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    other.step()
-    return other.state_dict()
 
 
 def layout(state):

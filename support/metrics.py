@@ -148,11 +148,6 @@ def epoch_metrics(steps, epoch, label_smoothing):
     return means(steps), curve
 
 
-def columns(metrics):
-    """Dicts of metrics by split as one dict, with names such as `test_digit_accuracy`."""
-    return {f"{split}_{name}": v for split, part in metrics.items() for name, v in part.items()}
-
-
 def epoch_line(row, epochs):
     """The line that reports an epoch, from its row of metrics.csv."""
     splits = [split for split in ("train", "val", "test") if f"{split}_seconds" in row]

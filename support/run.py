@@ -85,13 +85,6 @@ class Run:
         self.flags = {name: value for name, value in vars(args).items() if name not in TRANSIENT}
         if checkpoint:
             self.restore(checkpoint)
-        steps = len(train_set.batches(recipe.batch_size, recipe.drop_last)) * recipe.members
-        hidden = args.quiet or distributed.rank() > 0 or not sys.stderr
-        self.progress = tqdm(
-            total=steps * (recipe.epochs - len(self.history)),
-            leave=False,
-            disable=hidden or None,  # None hides it if stderr is not a terminal
-        )
 
     def restore(self, checkpoint):
         """Continue after a checkpoint. Raises UserError if it is of a different experiment."""
@@ -106,8 +99,13 @@ class Run:
         self.start_time -= checkpoint["seconds"]  # total_seconds includes the earlier invocations
 
     def __enter__(self):
-        self.contexts.enter_context(self.progress)
-        self.path = Path(distributed.from_rank_0(run_directory, self.args))
+        args, recipe = self.args, self.recipe
+        batches = self.datasets["train"].batches(recipe.batch_size, recipe.drop_last)
+        steps = len(batches) * recipe.members * (recipe.epochs - len(self.history))
+        hidden = args.quiet or distributed.rank() > 0 or not sys.stderr
+        bar = tqdm(total=steps, leave=False, disable=hidden or None)  # None: if not a terminal
+        self.progress = self.contexts.enter_context(bar)
+        self.path = Path(distributed.from_rank_0(run_directory, args))
         if distributed.rank() == 0:
             self.contexts.enter_context(lock_directory(self.path, wait=False))
             self.identity = os.stat(self.path)
@@ -115,9 +113,9 @@ class Run:
                 self.save_derived()
             elif any((self.path / name).exists() for name in RUN_FILES):
                 raise UserError(f"{self.path} already holds a run; choose another --output-dir")
-            self.log(f"command  {self.args.command}", show=None)
+            self.log(f"command  {args.command}", show=None)
             self.log(f"versions {self.info['versions']}", show=None)
-        if len(self.history) < self.recipe.epochs and not self.args.quiet:
+        if len(self.history) < recipe.epochs and not args.quiet:
             self.log_header()
         return self
 
@@ -166,7 +164,6 @@ class Run:
         for epoch in range(first, last + 1):
             self.epoch_start = time.perf_counter()
             self.progress.set_description(f"epoch {epoch}/{last}")
-            self.progress.set_postfix_str("")
             yield epoch
 
     def save_epoch(self, epoch, steps, predictions):
@@ -177,12 +174,12 @@ class Run:
         evaluation = {split: part.seconds for split, part in predictions.items()}
         training = time.perf_counter() - self.epoch_start - sum(evaluation.values())
         smoothing = self.recipe.label_smoothing
-        train_metrics, points = metrics.epoch_metrics(
-            distributed.all_reduce_sum(steps), epoch, smoothing
-        )
+        steps = distributed.all_reduce_sum(steps)
+        train_metrics, points = metrics.epoch_metrics(steps, epoch, smoothing)
         evaluated = {split: part.metrics(smoothing) for split, part in predictions.items()}
         row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= metrics.columns({"train": train_metrics} | evaluated)
+        for split, values in {"train": train_metrics, **evaluated}.items():
+            row |= {f"{split}_{name}": value for name, value in values.items()}
         for split, seconds in {"train": training, **evaluation}.items():
             row[f"{split}_seconds"] = round(seconds, 3)
         if not all(map(math.isfinite, row.values())):
