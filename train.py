@@ -127,6 +127,7 @@ def main(argv, recipes=RECIPES):
                 steps += train_epoch(
                     replica, optimizer, train_set, recipe, epoch, autocast, run.progress
                 )
+            run.progress.set_postfix_str("evaluating")
             predictions = evaluate_all(model, eval_sets, autocast)
             run.save_epoch(epoch, steps, predictions)
         run.finish(predictions or evaluate_all(model, eval_sets, autocast))

@@ -164,6 +164,7 @@ class Run:
         for epoch in range(first, last + 1):
             self.epoch_start = time.perf_counter()
             self.progress.set_description(f"epoch {epoch}/{last}")
+            self.progress.set_postfix_str("")
             yield epoch
 
     def save_epoch(self, epoch, steps, predictions):
