@@ -168,10 +168,10 @@ def load_data(name, data_dir):
             if not all(find_file(data_dir, file) for file in SHA256):
                 download(data_dir)
         except ConnectionError as error:
+            message = f"{error}; place {', '.join(SHA256)} in {data_dir}"
             if name == "mnist":
-                raise UserError(f"{error}; place {', '.join(SHA256)} in {data_dir}") from error
-            warn(f"warning: {error}")
-            warn(f"to train on MNIST, place {', '.join(SHA256)} in {data_dir}")
+                raise UserError(message) from error
+            warn(f"warning: {message}")
             warn("training on synthetic digits, NOT MNIST")
             name = "synthetic"
     if distributed.from_rank_0(lambda: name) == "synthetic":
