@@ -1,7 +1,7 @@
 """The two-headed network, our encoders and our heads.
 
 An encoder maps an image to features (B, F). A head maps the features and the one-hot addend to the
-logits of the digit and of the sum. Any encoder works with any head; a recipe names one of each.
+logits of the digit and of the sum. A recipe names one of each.
 """
 
 import torch
@@ -62,7 +62,9 @@ class Ensemble(nn.Module):
         outputs = zip(*(member.classify(part, addend) for member, part in parts), strict=True)
         return tuple(F.log_softmax(torch.stack(one).mean(dim=0), dim=1) for one in outputs)
 
-    classify_all, forward = TwoHeadedNet.classify_all, TwoHeadedNet.forward
+    # The same interface as TwoHeadedNet: training and predictions treat both alike.
+    classify_all = TwoHeadedNet.classify_all
+    forward = TwoHeadedNet.forward
 
 
 def build_model(encoder, head, members=1):
@@ -161,7 +163,7 @@ def tiny():
 
 
 class Logits(nn.Sequential):
-    """An encoder whose features are the digit logits already. Its head gets None as F."""
+    """An encoder that returns the digit logits: `build_model` passes None to its head as F."""
 
 
 def digit_layer(num_features):

@@ -39,7 +39,8 @@ class Recipe:
     description: str
     # Functions and classes are saved by name: no lambdas, no functools.partial.
     encoder: Callable[[], nn.Module]  # builds a module: image (B, 1, 28, 28) -> features (B, F)
-    head: Callable[[int], nn.Module]  # F -> module: features, addend -> digit and sum logits
+    # F, or None if the features are the digit logits -> module: features, addend -> both logits
+    head: Callable[[int | None], nn.Module]
     epochs: int
     batch_size: int
     lr: float  # peak learning rate of the schedule
@@ -83,9 +84,6 @@ RECIPES = {
     "tiny": Recipe(
         "fewer than 6,000 parameters: separable convolutions with shared weights",
         tiny, LowRankProduct, 60, 256, 0.02, **OURS, **AUGMENTED),
-    "ensemble": Recipe(
-        "highest accuracy: six networks of default, their log-probabilities averaged",
-        standard, OuterProduct, 20, 256, 0.01, **OURS, **AUGMENTED, members=6),
     "concat-mlp": Recipe(
         "published: digit logits and one-hot addend into FC 128",
         published.seven_conv, published.ConcatMLP, 20, 128, 0.01, loss_weight=0.5, drop_last=True,
@@ -117,6 +115,8 @@ RECIPES = {
         **PUBLISHED | {"schedule": one_cycle}),
 }
 # fmt: on
+ENSEMBLE = "six networks of default, their log-probabilities averaged"
+RECIPES["ensemble"] = dataclasses.replace(RECIPES["default"], description=ENSEMBLE, members=6)
 
 
 def recipe_from_args(args, recipes=RECIPES):

@@ -9,19 +9,19 @@ On several GPUs: torchrun --standalone --nproc-per-node 2 train.py
 Checkpoints, metrics and plots are written to a new directory below runs/.
 
 Our recipes, with the mean test accuracy of digit / sum and the training time on two CPU cores with
-bf16 (without it, four to eight times as long):
+bf16 (several times as long without it):
 
   default   20 epochs  99.73 / 99.73 %  3 minutes   best accuracy for its cost
   fast       1 epoch   99.41 / 99.40 %  2 seconds   two convolutions
   tiny      60 epochs  99.56 / 99.55 %  5 minutes   5,893 parameters
-  ensemble  20 epochs                   17 minutes  six networks of default, averaged
+  ensemble  20 epochs  not measured     17 minutes  six networks of default, averaged
 
 Published systems, described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
 shared-trunk-fixed, concat-linear, concat-linear-fixed, added, added-fixed.
 
 In the results, "both" counts pairs of image and addend with digit and sum correct; "consistent"
-those where the predicted sum is the predicted digit plus the addend. The loss that is printed and
-plotted is what training minimizes, less its minimum.
+those where the predicted sum is the predicted digit plus the addend. The losses that are printed
+and plotted include label smoothing; their minimum is subtracted.
 """
 
 import sys
@@ -68,8 +68,9 @@ def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
         loss.backward()
         optimizer.step()
 
-        outputs = digit_log_probs, digit, digit_loss, sum_log_probs, total, sum_loss
-        steps.append(step_metrics(*outputs))
+        steps.append(
+            step_metrics(digit_log_probs, digit, digit_loss, sum_log_probs, total, sum_loss)
+        )
         progress.update()
     return torch.stack(steps).cpu().double()
 
@@ -108,7 +109,7 @@ def main(argv, recipes=RECIPES):
     recipe = recipe_from_args(args, recipes)
     device, autocast = pick_device(args)
     data = load_data(args.dataset, args.data_dir)
-    args.dataset = data.name  # a resumed run has the same
+    args.dataset = data.name  # saved with the run: resuming must not choose again
     train_set, eval_sets = make_datasets(data, recipe, args, device)
     torch.manual_seed(args.seed)
     model = move_model(build_model(recipe.encoder, recipe.head, recipe.members), device)
@@ -121,8 +122,9 @@ def main(argv, recipes=RECIPES):
         replicas = [replicate(member) for member in model.members]
         predictions = None
         for epoch in run.epochs_left():
-            augment, steps = epoch <= recipe.epochs - recipe.clean_epochs, 0
-            for member, replica in enumerate(replicas):  # several in an ensemble
+            augment = epoch <= recipe.epochs - recipe.clean_epochs
+            steps = 0  # becomes the sum over the members of an ensemble: float64 (S, 7)
+            for member, replica in enumerate(replicas):
                 train_set.set_epoch(epoch, member, augment)
                 steps += train_epoch(
                     replica, optimizer, train_set, recipe, epoch, autocast, run.progress

@@ -20,7 +20,7 @@ def load_model(path):
     Also returns the checkpoint, a dict. Raises UserError if the recipe has a different network now.
     """
     checkpoint = load_checkpoint(path)
-    name, saved = checkpoint["flags"]["recipe"], {"members": 1} | checkpoint["recipe"]
+    name, saved = checkpoint["flags"]["recipe"], checkpoint["recipe"]
     if name not in RECIPES:
         raise UserError(f"{path}: this version has no recipe {name!r}")
     recipe = RECIPES[name]
@@ -38,13 +38,14 @@ class Predictor(torch.nn.Module):
     def __init__(self, model, recipe):
         super().__init__()
         self.model, self.recipe = model.requires_grad_(False), recipe
+        # Fails now, not at the first picture, if the weights are NaN.
         blank = next(model.parameters()).new_zeros(1, SIDE, SIDE)
         self(blank.byte(), blank[:, 0, 0].long())
 
     def forward(self, pixels, addends):
         """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19).
 
-        Raises UserError if they are not numbers, as does the constructor, which tries it.
+        Raises UserError if a probability is NaN.
         """
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, not {pixels.dtype}")

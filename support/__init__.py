@@ -1,4 +1,4 @@
-"""What a training run needs besides the experiment itself.
+"""What a training run needs besides the experiment itself; predictions use some of it.
 
 Imported before torch, it sets the environment variables that libraries read when they start.
 """

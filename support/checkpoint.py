@@ -69,6 +69,7 @@ def load_checkpoint(path):
             if archive.testzip():  # torch.load accepts damaged tensors
                 raise zipfile.BadZipFile
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint["recipe"].setdefault("members", 1)  # older checkpoints have no ensembles
         if not is_valid(checkpoint):
             raise ValueError
     except OSError as error:
@@ -99,7 +100,7 @@ def is_valid(checkpoint):
 
 
 def are_valid_flags(flags):
-    """Whether these are flags of train.py, with values that its parser accepts, or UserError."""
+    """Whether these are the flags of train.py. Raises UserError for a value that is invalid."""
     line = []
     for name, value in flags.items():
         if value is not None and value is not False:  # 0 is a value
@@ -128,14 +129,17 @@ def restore(checkpoint, model, optimizer=None):
             if layout(checkpoint["optimizer"]) != layout(optimizer.state_dict()):
                 raise ValueError
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for group in optimizer.param_groups:
+                group["fused"] = optimizer.defaults["fused"]  # depends on the device
         model.load_state_dict(checkpoint["network"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError("the checkpoint is of a different network or optimizer") from error
 
 
 def layout(state):
-    """The state of an optimizer with shapes instead of tensors, and without learning rates."""
-    groups = [{**group, "lr": None} for group in state["param_groups"]]
+    """The state of an optimizer with shapes instead of tensors, and without what may differ."""
+    any_value = {"lr": None, "fused": None, "foreach": None}
+    groups = [group | any_value for group in state["param_groups"]]
     states = {
         index: {name: getattr(value, "shape", None) for name, value in values.items()}
         for index, values in state["state"].items()

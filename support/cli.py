@@ -126,7 +126,8 @@ def exit_status(main):
 
     @functools.wraps(main)
     def wrapper(argv=None, **options):
-        with suppress(ValueError):  # not in the main thread
+        with suppress(ValueError):  # signal.signal raises it outside of the main thread
+            # Windows has no SIGHUP.
             for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(signum) == signal.SIG_DFL:
                     signal.signal(signum, interrupt)
@@ -137,7 +138,8 @@ def exit_status(main):
         except UserError as error:
             return fail(error, str(error), error.status)
         except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
+            if sys.stderr:
+                print("interrupted", file=sys.stderr)
             return interrupt_status(error)
         except MemoryError as error:
             return fail(error, "out of memory; try a smaller --batch-size")

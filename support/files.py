@@ -29,7 +29,9 @@ def lock_directory(path, wait):
         except BlockingIOError as error:
             raise UserError(f"another process is using {path}") from error
         except OSError as error:
-            warn(f"warning: {path} cannot be locked ({error.strerror}): use it for one run only")
+            warn(
+                f"warning: {path} cannot be locked ({error.strerror}): do not use it twice at once"
+            )
         yield
     finally:
         os.close(handle)

@@ -12,7 +12,7 @@ from support.constants import NUM_DIGITS, NUM_SUMS
 CURVE_POINTS = 20  # of the training loss, per epoch
 MISTAKE_COLUMNS = ("index", "label", "prediction", "confidence", "disputed")  # of mistakes.csv
 CLASSES = {"digit": NUM_DIGITS, "sum": NUM_SUMS}
-# Loss: without label smoothing. Objective: what training minimizes, less its minimum.
+# Loss: without label smoothing. Objective: with it, less its minimum.
 TRAIN_METRICS = [
     f"{output}_{name}" for name in ("loss", "objective", "accuracy") for output in CLASSES
 ]

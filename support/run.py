@@ -65,9 +65,10 @@ class Run:
     def __init__(self, args, recipe, model, optimizer, train_set, eval_sets, checkpoint):
         self.args, self.recipe, self.model, self.optimizer = args, recipe, model, optimizer
         self.datasets = {"train": train_set, **eval_sets}
-        self.history, self.curve, self.predictions, self.status = [], [], {}, 0
-        self.start_time, self.contexts = time.perf_counter(), ExitStack()
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.history, self.curve, self.predictions = [], [], {}
+        self.status, self.start_time = 0, time.perf_counter()
+        self.contexts = ExitStack()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         self.info = {
             "recipe": args.recipe,
             "dataset": args.dataset,
@@ -94,12 +95,14 @@ class Run:
         trained = len(checkpoint["history"])
         if self.recipe.epochs < trained:
             raise UserError(f"--epochs must be at least {trained}, the epochs already trained", 2)
-        checkpoints.restore(checkpoint, self.model, self.optimizer)
+        optimizer = None if self.args.eval_only else self.optimizer
+        checkpoints.restore(checkpoint, self.model, optimizer)
         self.history, self.curve = checkpoint["history"], checkpoint["curve"]
         self.start_time -= checkpoint["seconds"]  # total_seconds includes the earlier invocations
 
     def __enter__(self):
         args, recipe = self.args, self.recipe
+        # Also refuses an impossible batch size, before the directory is created.
         batches = self.datasets["train"].batches(recipe.batch_size, recipe.drop_last)
         steps = len(batches) * recipe.members * (recipe.epochs - len(self.history))
         hidden = args.quiet or distributed.rank() > 0 or not sys.stderr
@@ -110,7 +113,7 @@ class Run:
             self.contexts.enter_context(lock_directory(self.path, wait=False))
             self.identity = os.stat(self.path)
             if self.history:
-                self.save_derived()
+                self.save_derived()  # the run may have been killed before it wrote them
             elif any((self.path / name).exists() for name in RUN_FILES):
                 raise UserError(f"{self.path} already holds a run; choose another --output-dir")
             self.log(f"command  {args.command}", show=None)
