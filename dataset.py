@@ -168,11 +168,15 @@ def load_data(name, data_dir):
             if not all(find_file(data_dir, file) for file in SHA256):
                 download(data_dir)
         except ConnectionError as error:
-            message = f"{error}; place {', '.join(SHA256)} in {data_dir}"
+            instruction = f"place {', '.join(SHA256)} in {data_dir}"
             if name == "mnist":
-                raise UserError(message) from error
-            warn(f"warning: {message}")
-            warn("training on synthetic digits, NOT MNIST")
+                raise UserError(f"{error}; {instruction}") from error
+            for line in (
+                f"warning: {error}",
+                instruction,
+                "training on synthetic digits, NOT MNIST",
+            ):
+                warn(line)
             name = "synthetic"
     if distributed.from_rank_0(lambda: name) == "synthetic":
         train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
@@ -237,7 +241,7 @@ def download(data_dir):
             for name in SHA256:
                 read_verified(temporary, name)
         except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(getattr(error, "reason", error)).strip().splitlines()[-1]
             raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from error
         finally:
             socket.setdefaulttimeout(timeout)

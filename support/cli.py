@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from support.errors import UserError
 
+OUT_OF_MEMORY = "out of memory; try a smaller batch (--batch-size) or picture"
 TRANSIENT = {"command", "resume", "eval_only", "quiet", "output_dir"}  # not stored with the run
 MAY_CHANGE = {"epochs", "device", "precision", "data_dir"}  # when a run is resumed
 
@@ -142,10 +143,10 @@ def exit_status(main):
                 print("interrupted", file=sys.stderr)
             return interrupt_status(error)
         except MemoryError as error:
-            return fail(error, "out of memory; try a smaller --batch-size")
+            return fail(error, OUT_OF_MEMORY)
         except RuntimeError as error:
             if re.search("out of memory|DefaultCPUAllocator|bad_alloc", str(error)):
-                return fail(error, "out of memory; try a smaller --batch-size")
+                return fail(error, OUT_OF_MEMORY)
             if distributed.world_size() == 1:
                 raise
             return fail(error, str(error).splitlines()[0])  # perhaps another process has ended
