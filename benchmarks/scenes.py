@@ -9,7 +9,6 @@ from benchmarks.simulation import (
     photograph,
     place_on_sheet,
     smooth_noise,
-    uneven_light,
     wide_pen,
 )
 
