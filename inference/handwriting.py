@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.polynomial.legendre import legvander
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from inference.sheet import bounding_box, connected_components, find_sheet, longer_side
 from support.constants import SIDE
@@ -26,6 +25,9 @@ UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
+WINDOW = 0.2  # of the longer side
+FLAT = 0.15
+BLOB = 0.28
 NOISE = 5  # ... and than this many standard deviations of the background
 
 
@@ -67,28 +69,31 @@ def read_picture(file, formats=None):
 def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
     image = upright(image)
-    rgb, factor = reduced(image)
-    whole = np.array([[0, 0], rgb.shape[:2]])
-    # Look for a digit on a sheet, in the whole picture (None), then for a small one on a sheet.
-    for smallest in (0.15, None, 0.05):
-        sheet = whole if smallest is None else find_sheet(rgb, smallest)
-        if sheet is not None:
-            prepared = prepare_sheet(crop(image, sheet * factor))
-            if NO_INK not in prepared.warnings:  # else it was not the sheet
-                break
-    return prepared
+    small, factor = reduced(image)
+    sheet = find_sheet(np.asarray(small, dtype=float))
+    if sheet is not None:
+        prepared = prepare_sheet(crop(image, sheet * factor))
+        if NO_INK not in prepared.warnings:  # else it was not the sheet
+            return prepared
+    return prepare_sheet(image)
 
 
 def prepare_sheet(image):
-    """Return the digit in an RGB image that shows only paper and ink, as a Prepared."""
-    rgb, factor = reduced(image)
-    ink, threshold, noiseless = find_ink(rgb)
-    digit, found = select_digit(ink, threshold, noiseless)
+    """Return the digit in an RGB image as a Prepared; there may be a table around the sheet."""
+    small, factor = reduced(image)
+    digit, found, size = np.zeros(small.size[::-1]), (NO_INK,), 0
+    for difference, flat in differences(small):
+        ink, threshold = find_ink(difference, flat)
+        selected = select_digit(ink, threshold, flat)
+        if selected[2] > size:
+            (digit, found, size), noiseless = selected, flat
+        if flat and size:
+            break
     if not digit.any():
-        return Prepared(np.zeros((SIDE, SIDE), np.uint8), (NO_INK,))
+        return Prepared(np.zeros((SIDE, SIDE), np.uint8), found)
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
-    if side < max(ink.shape) / 4 and factor > 1:  # search again, closer
+    if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor))
         if NO_INK in closer.warnings:
             return closer
@@ -100,9 +105,9 @@ def prepare_sheet(image):
 
 
 def reduced(image):
-    """An RGB image, reduced to at most 480 x 480 pixels: float (H, W, 3), and the factor."""
+    """An RGB image, reduced to at most 480 x 480 pixels, and the factor."""
     factor = math.ceil(max(image.size) / 480)
-    return np.asarray(image.reduce(factor), dtype=float), factor
+    return image.reduce(factor), factor
 
 
 def crop(image, box):
@@ -126,90 +131,100 @@ def upright(image):
     return image.convert("RGB")
 
 
-def find_ink(rgb):
-    """Separate ink from paper: ink, float (H, W), its threshold, whether the image is noiseless.
+def differences(image):
+    """Yield possible differences of ink from paper, float (H, W, 3), and whether paper is flat.
 
-    Ink differs from paper along one direction in color space, measured in the paper's standard
-    deviations; in a noiseless image, whose border has nearly a single color, in RGB values. The
-    threshold is infinite if there is no ink.
+    In a drawing, paper has the most common color of the border. In a photograph it has the color
+    that is left if everything thinner than `WINDOW` is removed, dark or light: the edges of a
+    sheet, of a table or of a shadow, which are steps, make no difference.
     """
+    rgb = np.asarray(image)
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
-    background = np.median(border, axis=0)
-    noiseless = (border == background).all(axis=1).mean() > 0.9
-    difference = rgb - background if noiseless else whitened_difference(rgb)
+    colors, counts = np.unique(border, axis=0, return_counts=True)
+    difference = rgb - colors[counts.argmax()].astype(float)
+    if (difference == 0).all(axis=2).mean() > FLAT:
+        yield difference, True
+    rgb = np.asarray(image.filter(ImageFilter.BoxBlur(1)))  # against grain
+    width = math.ceil(WINDOW * max(rgb.shape))
+    padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
+    for first, second in ((np.maximum, np.minimum), (np.minimum, np.maximum)):
+        paper = slide(slide(padded, width, first), width, second).astype(float)
+        # Contrast is proportional to brightness: undo shading.
+        difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
+        yield difference - np.quantile(difference, 0.3, axis=(0, 1)), False  # without that of noise
+
+
+def slide(values, width, choose):
+    """np.minimum or np.maximum in each square window of `width` pixels: (H - width + 1, ...)."""
+    for _ in range(2):  # rows, then columns
+        done = 1
+        while done < width:
+            step = min(done, width - done)
+            values = choose(values[step:], values[:-step])
+            done += step
+        values = values.swapaxes(0, 1)
+    return values
+
+
+def find_ink(difference, flat):
+    """Ink, float (H, W), along one direction in color space, and its threshold.
+
+    The threshold is infinite if there is no ink.
+    """
     ink = np.linalg.norm(difference, axis=2)
     for _ in range(3):  # each pass estimates the direction from a better estimate of the ink
         strong = ink > np.quantile(ink, 0.999, method="lower") / 2
         if not strong.any():
-            return ink, np.inf, noiseless
+            return ink, np.inf
         direction = difference[strong].mean(axis=0)
         projection = difference @ (direction / np.linalg.norm(direction))
         ink = projection.clip(0)
     strength = np.median(ink[strong])
-    if noiseless:
-        return ink, FAINT * strength, True
-    if strength < 4.7:  # standard deviations of the paper: no ink
-        return ink, np.inf, False
+    if flat:
+        return ink, FAINT * strength
     rest = projection[~strong]
     deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
-    return ink, max(FAINT * strength, NOISE * deviation), False
-
-
-def whitened_difference(rgb):
-    """Differences from the paper's color in its standard deviations, float (H, W, 3)."""
-    paper = fit_paper(rgb)
-    # Contrast is proportional to brightness: undo shading.
-    difference = (rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper.clip(0) + 24)
-    rows = np.pad(difference, ((1, 1), (1, 1), (0, 0)), "edge")
-    rows = rows[:-2] + rows[1:-1] + rows[2:]
-    difference = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9  # 3x3 average, against grain
-    border = np.ones(difference.shape[:2], dtype=bool)  # mostly paper
-    width = max(1, min(border.shape) // 20)
-    border[width:-width, width:-width] = False
-    covariance = np.cov(difference[border].T) + 4 * np.eye(3)
-    return difference @ np.linalg.cholesky(np.linalg.inv(covariance))
-
-
-def fit_paper(rgb):
-    """Fit a quadratic surface to the paper's color, float (H, W, 3), as if there were no ink."""
-    height, width, _ = rgb.shape
-    scale = min(1, 32 / max(height, width))
-    rows, columns = (max(3, round(side * scale)) for side in (height, width))  # of averages
-    channels = [Image.fromarray(c) for c in np.moveaxis(rgb.astype(np.float32), 2, 0)]
-    averages = [np.asarray(c.resize((columns, rows), Image.Resampling.BOX)) for c in channels]
-    averages = np.stack(averages, axis=-1).reshape(-1, 3).astype(float)
-
-    def polynomials(*shape):  # values of the 9 basis polynomials at each pixel
-        y, x = (legvander((np.arange(n) + 0.5) / n * 2 - 1, 2) for n in shape)
-        return np.einsum("yi,xj->yxij", y, x).reshape(-1, 9)
-
-    basis, weight = polynomials(rows, columns), np.ones(len(averages))
-    for _ in range(20):  # reweighted least squares: least absolute deviations, to ignore ink
-        weighted = basis.T * weight
-        fit = np.linalg.lstsq(weighted @ basis, weighted @ averages, rcond=None)[0]
-        weight = 1 / np.maximum(np.linalg.norm(averages - basis @ fit, axis=1), 0.5)
-    return (polynomials(height, width) @ fit).reshape(rgb.shape)
+    return ink, max(FAINT * strength, NOISE * deviation) if strength > 8 * deviation else np.inf
 
 
 def select_digit(ink, threshold, noiseless):
-    """Select one digit, without specks. Returns its ink, float (H, W), and the warnings."""
+    """Select one digit, without specks.
+
+    Returns its ink, float (H, W), the warnings, and the size of the largest component.
+    """
     mask = ink > threshold
     if not mask.any():
-        return np.zeros_like(ink), ()
+        return np.zeros_like(ink), (NO_INK,), 0
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
         cut = ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape)
-        return ink, (CUT,) if cut else ()
+        return ink, (CUT,) if cut else (), DIGIT_SIDE
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
+    at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
+    largest = labels == mass.argmax()
+    size = max(longer_side(boxes[i]) * (0.1 if i in at_edge and not noiseless else 1) for i in boxes)
+    if noiseless and mass.argmax() in at_edge and stroke_width(largest) > BLOB * longer_side(boxes[mass.argmax()]):
+        return np.zeros_like(ink), (NO_INK,), 0
+
+    def encloses(i, j):  # a ring or a frame
+        inside = (boxes[i][0] < boxes[j][0]).all() and (boxes[i][1] > boxes[j][1]).all()
+        return inside and longer_side(boxes[j]) > longer_side(boxes[i]) / 3
+
+    def flat(box):
+        return np.ptp(box, axis=0) @ [4, -1] < 0
+
+    boxes = {i: box for i, box in boxes.items() if not any(encloses(i, j) for j in boxes)}
     # A component at the edge is less likely the digit than the table or a neighboring digit.
-    main = max(boxes, key=lambda i: mass[i] * (0.2 if touches_edge(boxes[i], ink.shape) else 1))
+    main = max(boxes, key=lambda i: mass[i] * (0.1 if i in at_edge else 1) * (0.1 if flat(boxes[i]) else 1))
     main_box, kept, found = boxes.pop(main), [main], []
     main_side = longer_side(main_box)
     for i, box in boxes.items():
+        if (i in at_edge and main not in at_edge) or (flat(box) and box[0, 0] >= main_box[1, 0] - 2):
+            continue
         gaps = np.maximum(main_box[0], box[0]) - np.minimum(main_box[1], box[1])  # (y, x)
         large = longer_side(box) > main_side / 2 and mass[i] > mass[main] / 10
         beside = gaps[1] >= 0 and box[1, 0] - box[0, 0] > main_side / 2
@@ -220,7 +235,7 @@ def select_digit(ink, threshold, noiseless):
     digit = np.where(np.isin(labels, kept), ink, 0)
     if touches_edge(bounding_box(digit), ink.shape):
         found.append(CUT)
-    return digit, tuple(dict.fromkeys(found))
+    return digit, tuple(dict.fromkeys(found)), size
 
 
 def touches_edge(box, shape):
@@ -232,13 +247,16 @@ def thicken(ink):
     side = max(ink.shape)
     if side <= DIGIT_SIDE:  # an image of MNIST, or a smaller digit: nothing is shrunk
         return ink
-    stroke = ink > 0
-    width = 2 * stroke.sum() / (stroke ^ with_neighbors(stroke, np.minimum)).sum()  # area / edge
-    layers = max(0, round((THIN * side / DIGIT_SIDE - width) / 2))
+    layers = max(0, round((THIN * side / DIGIT_SIDE - stroke_width(ink > 0)) / 2))
     ink = np.pad(ink, layers)
     for _ in range(layers):
         ink = with_neighbors(ink, np.maximum)
     return ink
+
+
+def stroke_width(mask):
+    """The mean width in pixels of the strokes in a mask (H, W)."""
+    return 2 * mask.sum() / (mask ^ with_neighbors(mask, np.minimum)).sum()  # area / edge
 
 
 def with_neighbors(values, choose):

@@ -5,7 +5,7 @@ import numpy as np
 EDGE = 2  # pixels at the edge of a sheet that may be blurred
 
 
-def find_sheet(rgb, smallest):
+def find_sheet(rgb, smallest=0.15):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
     A sheet is a region of one brightness, nearly a rectangle, that surrounds ink: at least a stroke
