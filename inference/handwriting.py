@@ -26,8 +26,6 @@ DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 WINDOW = 0.2  # of the longer side
-FLAT = 0.15
-BLOB = 0.28
 NOISE = 5  # ... and than this many standard deviations of the background
 
 
@@ -73,7 +71,7 @@ def prepare(image):
     sheet = find_sheet(np.asarray(small, dtype=float))
     if sheet is not None:
         prepared = prepare_sheet(crop(image, sheet * factor))
-        if NO_INK not in prepared.warnings:  # else it was not the sheet
+        if not {NO_INK, CUT} & set(prepared.warnings):  # else it was not the sheet
             return prepared
     return prepare_sheet(image)
 
@@ -139,11 +137,13 @@ def differences(image):
     sheet, of a table or of a shadow, which are steps, make no difference.
     """
     rgb = np.asarray(image)
-    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    border = np.concatenate([rgb[0], rgb[1:, -1], rgb[-1, -2::-1], rgb[-2:0:-1, 0]])  # clockwise
     colors, counts = np.unique(border, axis=0, return_counts=True)
-    difference = rgb - colors[counts.argmax()].astype(float)
-    if (difference == 0).all(axis=2).mean() > FLAT:
-        yield difference, True
+    color = colors[counts.argmax()]
+    paper = (border == color).all(axis=1)
+    # A shadow covers one stretch of the border; ink that reaches it crosses it in several places.
+    if paper.mean() > 0.9 or (paper.mean() > 0.3 and (paper ^ np.roll(paper, 1)).sum() > 2):
+        yield rgb - color.astype(float), True
     rgb = np.asarray(image.filter(ImageFilter.BoxBlur(1)))  # against grain
     width = math.ceil(WINDOW * max(rgb.shape))
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
@@ -205,14 +205,11 @@ def select_digit(ink, threshold, noiseless):
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
-    largest = labels == mass.argmax()
-    size = max(longer_side(boxes[i]) * (0.1 if i in at_edge and not noiseless else 1) for i in boxes)
-    if noiseless and mass.argmax() in at_edge and stroke_width(largest) > BLOB * longer_side(boxes[mass.argmax()]):
-        return np.zeros_like(ink), (NO_INK,), 0
+    size = max(map(longer_side, boxes.values()))
 
     def encloses(i, j):  # a ring or a frame
         inside = (boxes[i][0] < boxes[j][0]).all() and (boxes[i][1] > boxes[j][1]).all()
-        return inside and longer_side(boxes[j]) > longer_side(boxes[i]) / 3
+        return inside and longer_side(boxes[j]) > np.ptp(boxes[i], axis=0).min() / 3
 
     def flat(box):
         return np.ptp(box, axis=0) @ [4, -1] < 0

@@ -12,13 +12,13 @@ def find_sheet(rgb, smallest=0.15):
     whose longer side is the fraction `smallest` of the shorter side of the sheet.
     """
     gray, sheets = rgb.mean(axis=2), []
-    if max(gray.shape) < 64:  # nothing but a sheet
+    if max(gray.shape) < 40:  # nothing but a sheet
         return None
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
         areas = np.bincount(labels.ravel())
         areas[0] = 0  # label 0 is the rest of the picture
-        for label in np.flatnonzero(areas > 0.05 * gray.size):
+        for label in np.flatnonzero(areas > 0.1 * gray.size):
             sheet, ink = fill_holes(labels == label, mask, smallest)
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
