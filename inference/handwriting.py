@@ -25,7 +25,7 @@ UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
-WINDOW = 0.2  # of the longer side
+ON_SHEET, IN_SCENE = 0.3, 0.15
 NOISE = 5  # ... and than this many standard deviations of the background
 
 
@@ -70,17 +70,17 @@ def prepare(image):
     small, factor = reduced(image)
     sheet = find_sheet(np.asarray(small, dtype=float))
     if sheet is not None:
-        prepared = prepare_sheet(crop(image, sheet * factor))
+        prepared = prepare_sheet(crop(image, sheet * factor), ON_SHEET)
         if not {NO_INK, CUT} & set(prepared.warnings):  # else it was not the sheet
             return prepared
-    return prepare_sheet(image)
+    return prepare_sheet(image, IN_SCENE)
 
 
-def prepare_sheet(image):
+def prepare_sheet(image, window):
     """Return the digit in an RGB image as a Prepared; there may be a table around the sheet."""
     small, factor = reduced(image)
     digit, found, size = np.zeros(small.size[::-1]), (NO_INK,), 0
-    for difference, flat in differences(small):
+    for difference, flat in differences(small, window):
         ink, threshold = find_ink(difference, flat)
         selected = select_digit(ink, threshold, flat)
         if selected[2] > size:
@@ -92,7 +92,7 @@ def prepare_sheet(image):
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
-        closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor))
+        closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor), window)
         if NO_INK in closer.warnings:
             return closer
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
@@ -129,11 +129,11 @@ def upright(image):
     return image.convert("RGB")
 
 
-def differences(image):
+def differences(image, window):
     """Yield possible differences of ink from paper, float (H, W, 3), and whether paper is flat.
 
     In a drawing, paper has the most common color of the border. In a photograph it has the color
-    that is left if everything thinner than `WINDOW` is removed, dark or light: the edges of a
+    that is left if everything thinner than `window` is removed, dark or light: the edges of a
     sheet, of a table or of a shadow, which are steps, make no difference.
     """
     rgb = np.asarray(image)
@@ -145,13 +145,16 @@ def differences(image):
     if paper.mean() > 0.9 or (paper.mean() > 0.3 and (paper ^ np.roll(paper, 1)).sum() > 2):
         yield rgb - color.astype(float), True
     rgb = np.asarray(image.filter(ImageFilter.BoxBlur(1)))  # against grain
-    width = math.ceil(WINDOW * max(rgb.shape))
+    width = math.ceil(window * max(rgb.shape))
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
     for first, second in ((np.maximum, np.minimum), (np.minimum, np.maximum)):
-        paper = slide(slide(padded, width, first), width, second).astype(float)
+        paper = slide(slide(padded, width, first), width, second).astype(np.float32)
         # Contrast is proportional to brightness: undo shading.
         difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
-        yield difference - np.quantile(difference, 0.3, axis=(0, 1)), False  # without that of noise
+        yield (
+            difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)),
+            False,
+        )  # without that of noise
 
 
 def slide(values, width, choose):
@@ -172,7 +175,7 @@ def find_ink(difference, flat):
     The threshold is infinite if there is no ink.
     """
     ink = np.linalg.norm(difference, axis=2)
-    for _ in range(3):  # each pass estimates the direction from a better estimate of the ink
+    for _ in range(2):  # the second pass has a better estimate of the ink
         strong = ink > np.quantile(ink, 0.999, method="lower") / 2
         if not strong.any():
             return ink, np.inf
@@ -216,11 +219,15 @@ def select_digit(ink, threshold, noiseless):
 
     boxes = {i: box for i, box in boxes.items() if not any(encloses(i, j) for j in boxes)}
     # A component at the edge is less likely the digit than the table or a neighboring digit.
-    main = max(boxes, key=lambda i: mass[i] * (0.1 if i in at_edge else 1) * (0.1 if flat(boxes[i]) else 1))
+    main = max(
+        boxes, key=lambda i: mass[i] * (0.1 if i in at_edge else 1) * (0.1 if flat(boxes[i]) else 1)
+    )
     main_box, kept, found = boxes.pop(main), [main], []
     main_side = longer_side(main_box)
     for i, box in boxes.items():
-        if (i in at_edge and main not in at_edge) or (flat(box) and box[0, 0] >= main_box[1, 0] - 2):
+        if (i in at_edge and main not in at_edge) or (
+            flat(box) and box[0, 0] >= main_box[1, 0] - 2
+        ):
             continue
         gaps = np.maximum(main_box[0], box[0]) - np.minimum(main_box[1], box[1])  # (y, x)
         large = longer_side(box) > main_side / 2 and mass[i] > mass[main] / 10

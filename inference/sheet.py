@@ -2,8 +2,6 @@
 
 import numpy as np
 
-EDGE = 2  # pixels at the edge of a sheet that may be blurred
-
 
 def find_sheet(rgb, smallest=0.15):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
@@ -14,6 +12,7 @@ def find_sheet(rgb, smallest=0.15):
     gray, sheets = rgb.mean(axis=2), []
     if max(gray.shape) < 40:  # nothing but a sheet
         return None
+    edge = min(2, max(gray.shape) // 64)  # pixels at the edge of a sheet that may be blurred
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
         areas = np.bincount(labels.ravel())
@@ -24,14 +23,14 @@ def find_sheet(rgb, smallest=0.15):
                 box = grow(bounding_box(ink), sheet)
                 sides = box[1] - box[0]
                 # Else nothing is left inside the edge, or it is the edge of a shadow.
-                if sides.min() > 2 * EDGE and sides.prod() > sheet.sum() / 2:
+                if sides.min() > 2 * edge and sides.prod() > sheet.sum() / 2:
                     sheets.append((sheet, box))
     sheets.sort(key=lambda item: item[0].sum())
     while sheets:
         sheet, box = sheets.pop()
         if not any(sheet[smaller].all() for smaller, _ in sheets):
             # Without the blurred edge, except at the edges of the picture.
-            return box + np.where(box == [[0, 0], gray.shape], 0, [[EDGE], [-EDGE]])
+            return box + np.where(box == [[0, 0], gray.shape], 0, [[edge], [-edge]])
     return None
 
 
