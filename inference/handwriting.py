@@ -26,6 +26,7 @@ DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 ON_SHEET, IN_SCENE = 0.3, 0.15
+
 NOISE = 5  # ... and than this many standard deviations of the background
 
 
@@ -208,7 +209,7 @@ def select_digit(ink, threshold, noiseless):
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
-    size = max(map(longer_side, boxes.values()))
+    size = max(longer_side(box) for box in boxes.values())
 
     def encloses(i, j):  # a ring or a frame
         inside = (boxes[i][0] < boxes[j][0]).all() and (boxes[i][1] > boxes[j][1]).all()

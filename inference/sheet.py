@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def find_sheet(rgb, smallest=0.15):
+def find_sheet(rgb, smallest=0.05):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
     A sheet is a region of one brightness, nearly a rectangle, that surrounds ink: at least a stroke
