@@ -80,14 +80,8 @@ def prepare(image):
 def prepare_sheet(image, window):
     """Return the digit in an RGB image as a Prepared; there may be a table around the sheet."""
     small, factor = reduced(image)
-    digit, found, size = np.zeros(small.size[::-1]), (NO_INK,), 0
-    for difference, flat in differences(small, window):
-        ink, threshold = find_ink(difference, flat)
-        selected = select_digit(ink, threshold, flat)
-        if selected[2] > size:
-            (digit, found, size), noiseless = selected, flat
-        if flat and size:
-            break
+    difference, flat = paper_difference(small, window)
+    digit, found = select_digit(*find_ink(difference, flat), flat)
     if not digit.any():
         return Prepared(np.zeros((SIDE, SIDE), np.uint8), found)
     (top, left), (bottom, right) = box = bounding_box(digit)
@@ -98,7 +92,7 @@ def prepare_sheet(image, window):
             return closer
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
-    if not noiseless:  # strokes have soft edges and uneven ink: clip most of it
+    if not flat:  # strokes have soft edges and uneven ink: clip most of it
         digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
     return Prepared(as_mnist(thicken(digit)), found)
 
@@ -130,32 +124,31 @@ def upright(image):
     return image.convert("RGB")
 
 
-def differences(image, window):
-    """Yield possible differences of ink from paper, float (H, W, 3), and whether paper is flat.
+def paper_difference(image, window):
+    """The difference of an RGB image from its paper, float (H, W, 3), and whether paper is flat.
 
-    In a drawing, paper has the most common color of the border. In a photograph it has the color
-    that is left if everything thinner than `window` is removed, dark or light: the edges of a
-    sheet, of a table or of a shadow, which are steps, make no difference.
+    In a drawing, paper has the most common color of the border. In a photograph it is what is left
+    if everything thinner than `window` is removed, either dark or light: the edges of a sheet, of
+    a table or of a shadow, which are steps, make no difference.
     """
     rgb = np.asarray(image)
     border = np.concatenate([rgb[0], rgb[1:, -1], rgb[-1, -2::-1], rgb[-2:0:-1, 0]])  # clockwise
     colors, counts = np.unique(border, axis=0, return_counts=True)
     color = colors[counts.argmax()]
-    paper = (border == color).all(axis=1)
+    same = (border == color).all(axis=1)
     # A shadow covers one stretch of the border; ink that reaches it crosses it in several places.
-    if paper.mean() > 0.9 or (paper.mean() > 0.3 and (paper ^ np.roll(paper, 1)).sum() > 2):
-        yield rgb - color.astype(float), True
+    if same.mean() > 0.9 or (same.mean() > 0.3 and (same ^ np.roll(same, 1)).sum() > 2):
+        return rgb - color.astype(float), True
     rgb = np.asarray(image.filter(ImageFilter.BoxBlur(1)))  # against grain
     width = math.ceil(window * max(rgb.shape))
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
-    for first, second in ((np.maximum, np.minimum), (np.minimum, np.maximum)):
-        paper = slide(slide(padded, width, first), width, second).astype(np.float32)
-        # Contrast is proportional to brightness: undo shading.
-        difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
-        yield (
-            difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)),
-            False,
-        )  # without that of noise
+    orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
+    papers = [slide(slide(padded, width, a), width, b) for a, b in orders]
+    paper = min(papers, key=lambda p: p.std(axis=(0, 1)).sum())  # the one without ink varies least
+    paper = paper.astype(np.float32)
+    # Contrast is proportional to brightness: undo shading.
+    difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
+    return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # noise
 
 
 def slide(values, width, choose):
@@ -188,28 +181,24 @@ def find_ink(difference, flat):
         return ink, FAINT * strength
     rest = projection[~strong]
     deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
-    return ink, max(FAINT * strength, NOISE * deviation) if strength > 8 * deviation else np.inf
+    return ink, max(FAINT * strength, NOISE * deviation) if strength > 6 * deviation else np.inf
 
 
 def select_digit(ink, threshold, noiseless):
-    """Select one digit, without specks.
-
-    Returns its ink, float (H, W), the warnings, and the size of the largest component.
-    """
+    """Select one digit, without specks. Returns its ink, float (H, W), and the warnings."""
     mask = ink > threshold
     if not mask.any():
-        return np.zeros_like(ink), (NO_INK,), 0
+        return np.zeros_like(ink), (NO_INK,)
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
         cut = ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape)
-        return ink, (CUT,) if cut else (), DIGIT_SIDE
+        return ink, (CUT,) if cut else ()
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
-    size = max(longer_side(box) for box in boxes.values())
 
     def encloses(i, j):  # a ring or a frame
         inside = (boxes[i][0] < boxes[j][0]).all() and (boxes[i][1] > boxes[j][1]).all()
@@ -240,7 +229,7 @@ def select_digit(ink, threshold, noiseless):
     digit = np.where(np.isin(labels, kept), ink, 0)
     if touches_edge(bounding_box(digit), ink.shape):
         found.append(CUT)
-    return digit, tuple(dict.fromkeys(found)), size
+    return digit, tuple(dict.fromkeys(found))
 
 
 def touches_edge(box, shape):
