@@ -143,12 +143,15 @@ def paper_difference(image, window):
     width = math.ceil(window * max(rgb.shape))
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
     orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
-    papers = [slide(slide(padded, width, a), width, b) for a, b in orders]
-    paper = min(papers, key=lambda p: p.std(axis=(0, 1)).sum())  # the one without ink varies least
-    paper = paper.astype(np.float32)
+    papers = [slide(slide(padded, width, a), width, b).astype(np.float32) for a, b in orders]
+    paper = min(papers, key=variation)  # it has edges around the ink if it contains it
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
     return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # noise
+
+
+def variation(values):
+    return sum(abs(np.diff(values[::4, ::4], axis=axis)).sum() for axis in (0, 1))
 
 
 def slide(values, width, choose):
