@@ -1,7 +1,7 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`prepare` finds the sheet, separates ink from paper, widens thin strokes and normalizes the digit as
-in MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255,
+`prepare` finds the sheet, separates ink from paper (ink is what differs from its surroundings and
+is as thin as a stroke), selects one digit, widens thin strokes and normalizes the digit as in MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255,
 shift the center of mass to index 14. MNIST's own digits change by at most one gray level, except
 the 16 of 70,000 whose longer side is 19.
 """
@@ -23,11 +23,13 @@ from support.errors import UserError
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
+ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
-ON_SHEET, IN_SCENE = 0.3, 0.15
+ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
 
 NOISE = 5  # ... and than this many standard deviations of the background
+VISIBLE = 6  # there is no ink if the strong ink is weaker than this many of them
 
 
 class Prepared(NamedTuple):
@@ -71,14 +73,14 @@ def prepare(image):
     small, factor = reduced(image)
     sheet = find_sheet(np.asarray(small, dtype=float))
     if sheet is not None:
-        prepared = prepare_sheet(crop(image, sheet * factor), ON_SHEET)
+        prepared = prepare_part(crop(image, sheet * factor), ON_SHEET)
         if not {NO_INK, CUT} & set(prepared.warnings):  # else it was not the sheet
             return prepared
-    return prepare_sheet(image, IN_SCENE)
+    return prepare_part(image, IN_SCENE)
 
 
-def prepare_sheet(image, window):
-    """Return the digit in an RGB image as a Prepared; there may be a table around the sheet."""
+def prepare_part(image, window):
+    """Return the digit in an RGB image as a Prepared; strokes are thinner than `window`."""
     small, factor = reduced(image)
     difference, flat = paper_difference(small, window)
     digit, found = select_digit(*find_ink(difference, flat), flat)
@@ -87,7 +89,7 @@ def prepare_sheet(image, window):
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
-        closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor), window)
+        closer = prepare_part(crop(image, (box + [[-side], [side]]) * factor), window)
         if NO_INK in closer.warnings:
             return closer
         return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
@@ -113,6 +115,8 @@ def upright(image):
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
+        finite = np.isfinite(values)
+        values = np.where(finite, values, np.median(values[finite]) if finite.any() else 0)
         span = max(np.ptp(values), 1e-9)
         image = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
     if image.has_transparency_data:
@@ -147,10 +151,12 @@ def paper_difference(image, window):
     paper = min(papers, key=variation)  # it has edges around the ink if it contains it
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
-    return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # noise
+    noise = np.quantile(difference[::4, ::4], 0.3, axis=(0, 1))
+    return difference - noise, False
 
 
 def variation(values):
+    """The sum of the absolute differences of neighboring values, on a coarse grid."""
     return sum(abs(np.diff(values[::4, ::4], axis=axis)).sum() for axis in (0, 1))
 
 
@@ -184,7 +190,9 @@ def find_ink(difference, flat):
         return ink, FAINT * strength
     rest = projection[~strong]
     deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
-    return ink, max(FAINT * strength, NOISE * deviation) if strength > 6 * deviation else np.inf
+    return ink, max(
+        FAINT * strength, NOISE * deviation
+    ) if strength > VISIBLE * deviation else np.inf
 
 
 def select_digit(ink, threshold, noiseless):
@@ -203,26 +211,22 @@ def select_digit(ink, threshold, noiseless):
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
 
-    def encloses(i, j):  # a ring or a frame
+    lines = {i for i, box in boxes.items() if np.ptp(box, axis=0) @ [4, -1] < 0}
+
+    def encloses(i, j):  # a ring or a frame around a digit
         inside = (boxes[i][0] < boxes[j][0]).all() and (boxes[i][1] > boxes[j][1]).all()
         return inside and longer_side(boxes[j]) > np.ptp(boxes[i], axis=0).min() / 3
 
-    def flat(box):
-        return np.ptp(box, axis=0) @ [4, -1] < 0
-
     boxes = {i: box for i, box in boxes.items() if not any(encloses(i, j) for j in boxes)}
-    # A component at the edge is less likely the digit than the table or a neighboring digit.
-    main = max(
-        boxes, key=lambda i: mass[i] * (0.1 if i in at_edge else 1) * (0.1 if flat(boxes[i]) else 1)
-    )
+    # A line, or a component at the edge, is less likely the digit than an underline or a table.
+    main = max(boxes, key=lambda i: mass[i] * 0.1 ** ((i in at_edge) + (i in lines)))
     main_box, kept, found = boxes.pop(main), [main], []
     main_side = longer_side(main_box)
     for i, box in boxes.items():
-        if (i in at_edge and main not in at_edge) or (
-            flat(box) and box[0, 0] >= main_box[1, 0] - 2
-        ):
-            continue
         gaps = np.maximum(main_box[0], box[0]) - np.minimum(main_box[1], box[1])  # (y, x)
+        underline = i in lines and box[0, 0] >= main_box[1, 0] - 2
+        if underline or (i in at_edge and main not in at_edge and not noiseless):
+            continue
         large = longer_side(box) > main_side / 2 and mass[i] > mass[main] / 10
         beside = gaps[1] >= 0 and box[1, 0] - box[0, 0] > main_side / 2
         if large and (beside or gaps.max() > main_side / 5):
@@ -244,16 +248,13 @@ def thicken(ink):
     side = max(ink.shape)
     if side <= DIGIT_SIDE:  # an image of MNIST, or a smaller digit: nothing is shrunk
         return ink
-    layers = max(0, round((THIN * side / DIGIT_SIDE - stroke_width(ink > 0)) / 2))
+    stroke = ink > 0
+    width = 2 * stroke.sum() / (stroke ^ with_neighbors(stroke, np.minimum)).sum()  # area / edge
+    layers = max(0, round((THIN * side / DIGIT_SIDE - width) / 2))
     ink = np.pad(ink, layers)
     for _ in range(layers):
         ink = with_neighbors(ink, np.maximum)
     return ink
-
-
-def stroke_width(mask):
-    """The mean width in pixels of the strokes in a mask (H, W)."""
-    return 2 * mask.sum() / (mask ^ with_neighbors(mask, np.minimum)).sum()  # area / edge
 
 
 def with_neighbors(values, choose):

@@ -3,11 +3,11 @@
 import numpy as np
 
 
-def find_sheet(rgb, smallest=0.05):
+def find_sheet(rgb):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
     A sheet is a region of one brightness, nearly a rectangle, that surrounds ink: at least a stroke
-    whose longer side is the fraction `smallest` of the shorter side of the sheet.
+    whose longer side is a twentieth of the shorter side of the sheet.
     """
     gray, sheets = rgb.mean(axis=2), []
     if max(gray.shape) < 40:  # nothing but a sheet
@@ -18,7 +18,7 @@ def find_sheet(rgb, smallest=0.05):
         areas = np.bincount(labels.ravel())
         areas[0] = 0  # label 0 is the rest of the picture
         for label in np.flatnonzero(areas > 0.1 * gray.size):
-            sheet, ink = fill_holes(labels == label, mask, smallest)
+            sheet, ink = fill_holes(labels == label, mask)
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
                 sides = box[1] - box[0]
@@ -48,7 +48,7 @@ def similar_pixels(gray):
             yield gray < low + tolerance * (high - low)
 
 
-def fill_holes(region, mask, smallest):
+def fill_holes(region, mask):
     """A region with its holes filled, and the ink in them: the largest stroke, or None."""
     labels = connected_components(np.pad(~region, 1, constant_values=True))
     filled = (labels != labels[0, 0])[1:-1, 1:-1]
@@ -59,8 +59,7 @@ def fill_holes(region, mask, smallest):
     sides, sheet_sides = (np.ptp(bounding_box(part), axis=0) for part in (ink, filled))
     # The inside of a 0 fills most of its box, and much of the height and the width of the "sheet".
     inside_0 = ink.sum() > 0.7 * sides.prod() and (sides > 0.4 * sheet_sides).all()
-    too_small = sides.max() < smallest * sheet_sides.min()
-    return filled, None if inside_0 or too_small else ink
+    return filled, None if inside_0 or sides.max() < sheet_sides.min() / 20 else ink
 
 
 def is_rectangle(mask):
