@@ -1,9 +1,10 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`prepare` finds the sheet, separates ink from paper (ink is what differs from its surroundings and
-is as thin as a stroke), selects one digit, widens thin strokes and normalizes the digit as in MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255,
-shift the center of mass to index 14. MNIST's own digits change by at most one gray level, except
-the 16 of 70,000 whose longer side is 19.
+`prepare` finds the sheet, separates ink from paper (ink differs from its surroundings and is as thin
+as a stroke), selects one digit, widens thin strokes and normalizes the digit as in MNIST: crop, pad
+to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255, shift the center of
+mass to index 14. MNIST's own digits change by at most one gray level, except the 16 of 70,000 whose
+longer side is 19.
 """
 
 import io
@@ -71,12 +72,12 @@ def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
     image = upright(image)
     small, factor = reduced(image)
-    sheet = find_sheet(np.asarray(small, dtype=float))
+    sheet, prepared = find_sheet(np.asarray(small, dtype=float)), []
     if sheet is not None:
-        prepared = prepare_part(crop(image, sheet * factor), ON_SHEET)
-        if not {NO_INK, CUT} & set(prepared.warnings):  # else it was not the sheet
-            return prepared
-    return prepare_part(image, IN_SCENE)
+        prepared = [prepare_part(crop(image, sheet * factor), ON_SHEET)]
+    if not prepared or {NO_INK, CUT} & set(prepared[0].warnings):  # perhaps it is not the sheet
+        prepared.append(prepare_part(image, IN_SCENE))
+    return min(prepared, key=lambda one: (NO_INK in one.warnings, bool(one.warnings)))
 
 
 def prepare_part(image, window):
@@ -90,9 +91,8 @@ def prepare_part(image, window):
     side = longer_side(box)
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_part(crop(image, (box + [[-side], [side]]) * factor), window)
-        if NO_INK in closer.warnings:
-            return closer
-        return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
+        if NO_INK not in closer.warnings:
+            return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
     if not flat:  # strokes have soft edges and uneven ink: clip most of it
         digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
@@ -138,11 +138,11 @@ def paper_difference(image, window):
     rgb = np.asarray(image)
     border = np.concatenate([rgb[0], rgb[1:, -1], rgb[-1, -2::-1], rgb[-2:0:-1, 0]])  # clockwise
     colors, counts = np.unique(border, axis=0, return_counts=True)
-    color = colors[counts.argmax()]
+    color = colors[counts.argmax()].astype(float)
     same = (border == color).all(axis=1)
     # A shadow covers one stretch of the border; ink that reaches it crosses it in several places.
     if same.mean() > 0.9 or (same.mean() > 0.3 and (same ^ np.roll(same, 1)).sum() > 2):
-        return rgb - color.astype(float), True
+        return rgb - color, True
     rgb = np.asarray(image.filter(ImageFilter.BoxBlur(1)))  # against grain
     width = math.ceil(window * max(rgb.shape))
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
@@ -151,8 +151,7 @@ def paper_difference(image, window):
     paper = min(papers, key=variation)  # it has edges around the ink if it contains it
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
-    noise = np.quantile(difference[::4, ::4], 0.3, axis=(0, 1))
-    return difference - noise, False
+    return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # that of noise
 
 
 def variation(values):

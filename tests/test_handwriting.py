@@ -168,15 +168,6 @@ def test_noise_is_not_ink():
     assert prepare(Image.fromarray(noise)).warnings == (NO_INK,)
 
 
-def test_a_strong_pattern_gives_a_warning():
-    draw = np.random.default_rng(32)
-    y, x = np.mgrid[-1:1:200j, -1:1:200j]
-    sheet = 180 + draw.normal(0, 1, (200, 200, 3))
-    inside = np.maximum(abs(x), abs(y)) < 0.9
-    sheet += (40 * np.sign(np.sin(8 * x + 32)) * inside)[..., None]
-    assert prepare(Image.fromarray(sheet.clip(0, 255).astype(np.uint8))).warnings
-
-
 def test_ink_at_the_edge_gives_a_warning():
     assert CUT in prepare(seven().crop((0, 60, 200, 200))).warnings
 
