@@ -1,10 +1,9 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`prepare` finds the sheet, separates ink from paper (ink differs from its surroundings and is as thin
-as a stroke), selects one digit, widens thin strokes and normalizes the digit as in MNIST: crop, pad
-to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255, shift the center of
-mass to index 14. MNIST's own digits change by at most one gray level, except the 16 of 70,000 whose
-longer side is 19.
+`prepare` finds the sheet, separates ink from paper (ink differs from its surroundings and is thin),
+selects one digit, widens thin strokes and normalizes it as in MNIST: crop, pad to a square, shrink
+to 20x20 by area averaging, scale the strongest ink to 255, shift the center of mass to index 14.
+MNIST's own digits change by at most one gray level, except 16 of 70,000: their longer side is 19.
 """
 
 import io
@@ -131,9 +130,8 @@ def upright(image):
 def paper_difference(image, window):
     """The difference of an RGB image from its paper, float (H, W, 3), and whether paper is flat.
 
-    In a drawing, paper has the most common color of the border. In a photograph it is what is left
-    if everything thinner than `window` is removed, either dark or light: the edges of a sheet, of
-    a table or of a shadow, which are steps, make no difference.
+    In a drawing, paper has the border's most common color. In a photograph it is what is left
+    without everything that is thinner than `window` and dark, or light: sheets and shadows stay.
     """
     rgb = np.asarray(image)
     border = np.concatenate([rgb[0], rgb[1:, -1], rgb[-1, -2::-1], rgb[-2:0:-1, 0]])  # clockwise
@@ -148,15 +146,12 @@ def paper_difference(image, window):
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
     orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
     papers = [slide(slide(padded, width, a), width, b).astype(np.float32) for a, b in orders]
-    paper = min(papers, key=variation)  # it has edges around the ink if it contains it
+    # Where it contains the ink, it has more edges.
+    edges = [sum(abs(np.diff(p[::4, ::4], axis=i)).sum() for i in (0, 1)) for p in papers]
+    paper = papers[np.argmin(edges)]
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
     return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # that of noise
-
-
-def variation(values):
-    """The sum of the absolute differences of neighboring values, on a coarse grid."""
-    return sum(abs(np.diff(values[::4, ::4], axis=axis)).sum() for axis in (0, 1))
 
 
 def slide(values, width, choose):
@@ -172,10 +167,7 @@ def slide(values, width, choose):
 
 
 def find_ink(difference, flat):
-    """Ink, float (H, W), along one direction in color space, and its threshold.
-
-    The threshold is infinite if there is no ink.
-    """
+    """Ink, float (H, W), along one direction in color space; its threshold, inf without ink."""
     ink = np.linalg.norm(difference, axis=2)
     for _ in range(2):  # the second pass has a better estimate of the ink
         strong = ink > np.quantile(ink, 0.999, method="lower") / 2
@@ -185,13 +177,10 @@ def find_ink(difference, flat):
         projection = difference @ (direction / np.linalg.norm(direction))
         ink = projection.clip(0)
     strength = np.median(ink[strong])
-    if flat:
-        return ink, FAINT * strength
     rest = projection[~strong]
-    deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
-    return ink, max(
-        FAINT * strength, NOISE * deviation
-    ) if strength > VISIBLE * deviation else np.inf
+    deviation = 0 if flat else 1.4826 * np.median(np.abs(rest - np.median(rest)))
+    visible = strength > VISIBLE * deviation
+    return ink, max(FAINT * strength, NOISE * deviation) if visible else np.inf
 
 
 def select_digit(ink, threshold, noiseless):
@@ -201,8 +190,7 @@ def select_digit(ink, threshold, noiseless):
         return np.zeros_like(ink), (NO_INK,)
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
-        cut = ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape)
-        return ink, (CUT,) if cut else ()
+        return ink, (CUT,) if ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape) else ()
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper

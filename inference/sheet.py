@@ -25,10 +25,9 @@ def find_sheet(rgb):
                 # Else nothing is left inside the edge, or it is the edge of a shadow.
                 if sides.min() > 2 * edge and sides.prod() > sheet.sum() / 2:
                     sheets.append((sheet, box))
-    sheets.sort(key=lambda item: item[0].sum())
-    while sheets:
-        sheet, box = sheets.pop()
-        if not any(sheet[smaller].all() for smaller, _ in sheets):
+    sheets.sort(key=lambda item: item[0].sum(), reverse=True)
+    for index, (sheet, box) in enumerate(sheets):
+        if not any(sheet[smaller].all() for smaller, _ in sheets[index + 1 :]):
             # Without the blurred edge, except at the edges of the picture.
             return box + np.where(box == [[0, 0], gray.shape], 0, [[edge], [-edge]])
     return None
