@@ -13,15 +13,16 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from benchmarks.common import BENCHMARKS, provenance, save_json
-from benchmarks.drawings import DRAWINGS, as_picture, drawing, letterboxed, on_desk
-from benchmarks.simulation import DAMAGES, add_noise, photograph
+from benchmarks.drawings import DRAWINGS, drawing
+from benchmarks.scenes import SCENES
+from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
 from inference.handwriting import Prepared, prepare
 from inference.predictor import Predictor, load_model, make_record, predict
 from support.cli import Parser, exit_status, number
 from support.constants import SIDE
 
-KINDS = (*DAMAGES, "letterbox", "desk", *DRAWINGS)
+KINDS = (*DAMAGES, *DRAWINGS, *SCENES)
 
 
 def resize(picture):
@@ -39,11 +40,8 @@ def make_pictures(kind, test, count, rng):
     images = test.data.numpy()[chosen]
     if kind in DAMAGES:
         pictures = [photograph(image, rng, kind) for image in images]
-    elif kind == "letterbox":
-        pictures = [letterboxed(photograph(image, rng, "noise"), rng) for image in images]
     else:
-        scenes = [on_desk(photograph(image, rng, "plain"), rng) for image in images]
-        pictures = [as_picture(add_noise(np.asarray(scene, float), rng)) for scene in scenes]
+        pictures = [SCENES[kind](image, rng) for image in images]
     return pictures, test.targets.numpy()[chosen], images
 
 

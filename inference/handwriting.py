@@ -1,9 +1,9 @@
 """Converts a photo, scan or drawing of a handwritten digit to a 28x28 image as in MNIST.
 
-`prepare` finds the sheet, separates ink from paper, widens thin strokes and normalizes the digit as
-in MNIST: crop, pad to a square, shrink to 20x20 by area averaging, scale the strongest ink to 255,
-shift the center of mass to index 14. MNIST's own digits change by at most one gray level, except
-the 16 of 70,000 whose longer side is 19.
+`prepare` finds the sheet, separates ink from paper (ink differs from its surroundings and is thin),
+selects one digit, widens thin strokes and normalizes it as in MNIST: crop, pad to a square, shrink
+to 20x20 by area averaging, scale the strongest ink to 255, shift the center of mass to index 14.
+MNIST's own digits change by at most one gray level, except 16 of 70,000: their longer side is 19.
 """
 
 import io
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.polynomial.legendre import legvander
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from inference.sheet import bounding_box, connected_components, find_sheet, longer_side
 from support.constants import SIDE
@@ -24,9 +23,13 @@ from support.errors import UserError
 NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
+ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
+ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
+
 NOISE = 5  # ... and than this many standard deviations of the background
+VISIBLE = 6  # there is no ink if the strong ink is weaker than this many of them
 
 
 class Prepared(NamedTuple):
@@ -79,42 +82,38 @@ def read_picture(file, formats=None, max_pixels=90_000_000):
 def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
     image = upright(image)
-    rgb, factor = reduced(image)
-    whole = np.array([[0, 0], rgb.shape[:2]])
-    # Look for a digit on a sheet, in the whole picture (None), then for a small one on a sheet.
-    for smallest in (0.15, None, 0.05):
-        sheet = whole if smallest is None else find_sheet(rgb, smallest)
-        if sheet is not None:
-            prepared = prepare_sheet(crop(image, sheet * factor))
-            if NO_INK not in prepared.warnings:  # else it was not the sheet
-                break
-    return prepared
+    small, factor = reduced(image)
+    sheet, prepared = find_sheet(np.asarray(small, dtype=float)), []
+    if sheet is not None:
+        prepared = [prepare_part(crop(image, sheet * factor), ON_SHEET)]
+    if not prepared or {NO_INK, CUT} & set(prepared[0].warnings):  # perhaps it is not the sheet
+        prepared.append(prepare_part(image, IN_SCENE))
+    return min(prepared, key=lambda one: (NO_INK in one.warnings, bool(one.warnings)))
 
 
-def prepare_sheet(image):
-    """Return the digit in an RGB image that shows only paper and ink, as a Prepared."""
-    rgb, factor = reduced(image)
-    ink, threshold, noiseless = find_ink(rgb)
-    digit, found = select_digit(ink, threshold, noiseless)
+def prepare_part(image, window):
+    """Return the digit in an RGB image as a Prepared; strokes are thinner than `window`."""
+    small, factor = reduced(image)
+    difference, flat = paper_difference(small, window)
+    digit, found = select_digit(*find_ink(difference, flat), flat)
     if not digit.any():
-        return Prepared(np.zeros((SIDE, SIDE), np.uint8), (NO_INK,))
+        return Prepared(np.zeros((SIDE, SIDE), np.uint8), found)
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
-    if side < max(ink.shape) / 4 and factor > 1:  # search again, closer
-        closer = prepare_sheet(crop(image, (box + [[-side], [side]]) * factor))
-        if NO_INK in closer.warnings:
-            return closer
-        return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
+    if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
+        closer = prepare_part(crop(image, (box + [[-side], [side]]) * factor), window)
+        if NO_INK not in closer.warnings:
+            return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
-    if not noiseless:  # strokes have soft edges and uneven ink: clip most of it
+    if not flat:  # strokes have soft edges and uneven ink: clip most of it
         digit = np.minimum(digit, 0.9 * np.quantile(digit[digit > 0], 0.9))
     return Prepared(as_mnist(thicken(digit)), found)
 
 
 def reduced(image):
-    """An RGB image, reduced to at most 480 x 480 pixels: float (H, W, 3), and the factor."""
+    """An RGB image, reduced to at most 480 x 480 pixels, and the factor."""
     factor = math.ceil(max(image.size) / 480)
-    return np.asarray(image.reduce(factor), dtype=float), factor
+    return image.reduce(factor), factor
 
 
 def crop(image, box):
@@ -127,6 +126,8 @@ def upright(image):
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
+        finite = np.isfinite(values)
+        values = np.where(finite, values, np.median(values[finite]) if finite.any() else 0)
         span = max(np.ptp(values), 1e-9)
         image = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
     if image.has_transparency_data:
@@ -138,91 +139,93 @@ def upright(image):
     return image.convert("RGB")
 
 
-def find_ink(rgb):
-    """Separate ink from paper: ink, float (H, W), its threshold, whether the image is noiseless.
+def paper_difference(image, window):
+    """The difference of an RGB image from its paper, float (H, W, 3), and whether paper is flat.
 
-    Ink differs from paper along one direction in color space, measured in the paper's standard
-    deviations; in a noiseless image, whose border has nearly a single color, in RGB values. The
-    threshold is infinite if there is no ink.
+    In a drawing, paper has the border's most common color. In a photograph it is what is left
+    without everything that is thinner than `window` and dark, or light: sheets and shadows stay.
     """
-    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
-    background = np.median(border, axis=0)
-    noiseless = (border == background).all(axis=1).mean() > 0.9
-    difference = rgb - background if noiseless else whitened_difference(rgb)
+    rgb = np.asarray(image)
+    border = np.concatenate([rgb[0], rgb[1:, -1], rgb[-1, -2::-1], rgb[-2:0:-1, 0]])  # clockwise
+    colors, counts = np.unique(border, axis=0, return_counts=True)
+    color = colors[counts.argmax()].astype(float)
+    same = (border == color).all(axis=1)
+    # A shadow covers one stretch of the border; ink that reaches it crosses it in several places.
+    if same.mean() > 0.9 or (same.mean() > 0.3 and (same ^ np.roll(same, 1)).sum() > 2):
+        return rgb - color, True
+    rgb = np.asarray(image.filter(ImageFilter.BoxBlur(1)))  # against grain
+    width = math.ceil(window * max(rgb.shape))
+    padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
+    orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
+    papers = [slide(slide(padded, width, a), width, b).astype(np.float32) for a, b in orders]
+    # Where it contains the ink, it has more edges.
+    edges = [sum(abs(np.diff(p[::4, ::4], axis=i)).sum() for i in (0, 1)) for p in papers]
+    paper = papers[np.argmin(edges)]
+    # Contrast is proportional to brightness: undo shading.
+    difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
+    return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # that of noise
+
+
+def slide(values, width, choose):
+    """np.minimum or np.maximum in each square window of `width` pixels: (H - width + 1, ...)."""
+    for _ in range(2):  # rows, then columns
+        done = 1
+        while done < width:
+            step = min(done, width - done)
+            values = choose(values[step:], values[:-step])
+            done += step
+        values = values.swapaxes(0, 1)
+    return values
+
+
+def find_ink(difference, flat):
+    """Ink, float (H, W), along one direction in color space; its threshold, inf without ink."""
     ink = np.linalg.norm(difference, axis=2)
-    for _ in range(3):  # each pass estimates the direction from a better estimate of the ink
+    for _ in range(2):  # the second pass has a better estimate of the ink
         strong = ink > np.quantile(ink, 0.999, method="lower") / 2
         if not strong.any():
-            return ink, np.inf, noiseless
+            return ink, np.inf
         direction = difference[strong].mean(axis=0)
         projection = difference @ (direction / np.linalg.norm(direction))
         ink = projection.clip(0)
     strength = np.median(ink[strong])
-    if noiseless:
-        return ink, FAINT * strength, True
-    if strength < 4.7:  # standard deviations of the paper: no ink
-        return ink, np.inf, False
     rest = projection[~strong]
-    deviation = 1.4826 * np.median(np.abs(rest - np.median(rest)))  # of a normal distribution
-    return ink, max(FAINT * strength, NOISE * deviation), False
-
-
-def whitened_difference(rgb):
-    """Differences from the paper's color in its standard deviations, float (H, W, 3)."""
-    paper = fit_paper(rgb)
-    # Contrast is proportional to brightness: undo shading.
-    difference = (rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper.clip(0) + 24)
-    rows = np.pad(difference, ((1, 1), (1, 1), (0, 0)), "edge")
-    rows = rows[:-2] + rows[1:-1] + rows[2:]
-    difference = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9  # 3x3 average, against grain
-    border = np.ones(difference.shape[:2], dtype=bool)  # mostly paper
-    width = max(1, min(border.shape) // 20)
-    border[width:-width, width:-width] = False
-    covariance = np.cov(difference[border].T) + 4 * np.eye(3)
-    return difference @ np.linalg.cholesky(np.linalg.inv(covariance))
-
-
-def fit_paper(rgb):
-    """Fit a quadratic surface to the paper's color, float (H, W, 3), as if there were no ink."""
-    height, width, _ = rgb.shape
-    scale = min(1, 32 / max(height, width))
-    rows, columns = (max(3, round(side * scale)) for side in (height, width))  # of averages
-    channels = [Image.fromarray(c) for c in np.moveaxis(rgb.astype(np.float32), 2, 0)]
-    averages = [np.asarray(c.resize((columns, rows), Image.Resampling.BOX)) for c in channels]
-    averages = np.stack(averages, axis=-1).reshape(-1, 3).astype(float)
-
-    def polynomials(*shape):  # values of the 9 basis polynomials at each pixel
-        y, x = (legvander((np.arange(n) + 0.5) / n * 2 - 1, 2) for n in shape)
-        return np.einsum("yi,xj->yxij", y, x).reshape(-1, 9)
-
-    basis, weight = polynomials(rows, columns), np.ones(len(averages))
-    for _ in range(20):  # reweighted least squares: least absolute deviations, to ignore ink
-        weighted = basis.T * weight
-        fit = np.linalg.lstsq(weighted @ basis, weighted @ averages, rcond=None)[0]
-        weight = 1 / np.maximum(np.linalg.norm(averages - basis @ fit, axis=1), 0.5)
-    return (polynomials(height, width) @ fit).reshape(rgb.shape)
+    deviation = 0 if flat else 1.4826 * np.median(np.abs(rest - np.median(rest)))
+    visible = strength > VISIBLE * deviation
+    return ink, max(FAINT * strength, NOISE * deviation) if visible else np.inf
 
 
 def select_digit(ink, threshold, noiseless):
     """Select one digit, without specks. Returns its ink, float (H, W), and the warnings."""
     mask = ink > threshold
     if not mask.any():
-        return np.zeros_like(ink), ()
+        return np.zeros_like(ink), (NO_INK,)
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
-        cut = ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape)
-        return ink, (CUT,) if cut else ()
+        return ink, (CUT,) if ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape) else ()
     labels = connected_components(mask)
     mass = np.bincount(labels.ravel(), ink.ravel())
     mass[0] = 0  # label 0 is paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
-    # A component at the edge is less likely the digit than the table or a neighboring digit.
-    main = max(boxes, key=lambda i: mass[i] * (0.2 if touches_edge(boxes[i], ink.shape) else 1))
+    at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
+
+    lines = {i for i, box in boxes.items() if np.ptp(box, axis=0) @ [4, -1] < 0}
+
+    def encloses(i, j):  # a ring or a frame around a digit
+        inside = (boxes[i][0] < boxes[j][0]).all() and (boxes[i][1] > boxes[j][1]).all()
+        return inside and longer_side(boxes[j]) > np.ptp(boxes[i], axis=0).min() / 3
+
+    boxes = {i: box for i, box in boxes.items() if not any(encloses(i, j) for j in boxes)}
+    # A line, or a component at the edge, is less likely the digit than an underline or a table.
+    main = max(boxes, key=lambda i: mass[i] * 0.1 ** ((i in at_edge) + (i in lines)))
     main_box, kept, found = boxes.pop(main), [main], []
     main_side = longer_side(main_box)
     for i, box in boxes.items():
         gaps = np.maximum(main_box[0], box[0]) - np.minimum(main_box[1], box[1])  # (y, x)
+        underline = i in lines and box[0, 0] >= main_box[1, 0] - 2
+        if underline or (i in at_edge and main not in at_edge and not noiseless):
+            continue
         large = longer_side(box) > main_side / 2 and mass[i] > mass[main] / 10
         beside = gaps[1] >= 0 and box[1, 0] - box[0, 0] > main_side / 2
         if large and (beside or gaps.max() > main_side / 5):

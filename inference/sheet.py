@@ -2,36 +2,34 @@
 
 import numpy as np
 
-EDGE = 2  # pixels at the edge of a sheet that may be blurred
 
-
-def find_sheet(rgb, smallest):
+def find_sheet(rgb):
     """The box of the largest sheet in a picture, float (H, W, 3), that contains no other, or None.
 
     A sheet is a region of one brightness, nearly a rectangle, that surrounds ink: at least a stroke
-    whose longer side is the fraction `smallest` of the shorter side of the sheet.
+    whose longer side is a twentieth of the shorter side of the sheet.
     """
     gray, sheets = rgb.mean(axis=2), []
-    if max(gray.shape) < 64:  # nothing but a sheet
+    if max(gray.shape) < 40:  # nothing but a sheet
         return None
+    edge = min(2, max(gray.shape) // 64)  # pixels at the edge of a sheet that may be blurred
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
         areas = np.bincount(labels.ravel())
         areas[0] = 0  # label 0 is the rest of the picture
-        for label in np.flatnonzero(areas > 0.05 * gray.size):
-            sheet, ink = fill_holes(labels == label, mask, smallest)
+        for label in np.flatnonzero(areas > 0.1 * gray.size):
+            sheet, ink = fill_holes(labels == label, mask)
             if ink is not None and is_rectangle(sheet):
                 box = grow(bounding_box(ink), sheet)
                 sides = box[1] - box[0]
                 # Else nothing is left inside the edge, or it is the edge of a shadow.
-                if sides.min() > 2 * EDGE and sides.prod() > sheet.sum() / 2:
+                if sides.min() > 2 * edge and sides.prod() > sheet.sum() / 2:
                     sheets.append((sheet, box))
-    sheets.sort(key=lambda item: item[0].sum())
-    while sheets:
-        sheet, box = sheets.pop()
-        if not any(sheet[smaller].all() for smaller, _ in sheets):
+    sheets.sort(key=lambda item: item[0].sum(), reverse=True)
+    for index, (sheet, box) in enumerate(sheets):
+        if not any(sheet[smaller].all() for smaller, _ in sheets[index + 1 :]):
             # Without the blurred edge, except at the edges of the picture.
-            return box + np.where(box == [[0, 0], gray.shape], 0, [[EDGE], [-EDGE]])
+            return box + np.where(box == [[0, 0], gray.shape], 0, [[edge], [-edge]])
     return None
 
 
@@ -49,7 +47,7 @@ def similar_pixels(gray):
             yield gray < low + tolerance * (high - low)
 
 
-def fill_holes(region, mask, smallest):
+def fill_holes(region, mask):
     """A region with its holes filled, and the ink in them: the largest stroke, or None."""
     labels = connected_components(np.pad(~region, 1, constant_values=True))
     filled = (labels != labels[0, 0])[1:-1, 1:-1]
@@ -60,8 +58,7 @@ def fill_holes(region, mask, smallest):
     sides, sheet_sides = (np.ptp(bounding_box(part), axis=0) for part in (ink, filled))
     # The inside of a 0 fills most of its box, and much of the height and the width of the "sheet".
     inside_0 = ink.sum() > 0.7 * sides.prod() and (sides > 0.4 * sheet_sides).all()
-    too_small = sides.max() < smallest * sheet_sides.min()
-    return filled, None if inside_0 or too_small else ink
+    return filled, None if inside_0 or sides.max() < sheet_sides.min() / 20 else ink
 
 
 def is_rectangle(mask):
