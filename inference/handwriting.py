@@ -26,8 +26,6 @@ DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
-ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
-
 NOISE = 5  # ... and than this many standard deviations of the background
 VISIBLE = 6  # there is no ink if the strong ink is weaker than this many of them
 
