@@ -53,7 +53,7 @@ def main(argv):
     args = parse_args(argv)
     with Server(load_networks(args.run), args.port) as server:
         url = f"http://{server.hosts[0]}/"
-        log(f"{server.networks[0].path}: {url} (Ctrl-C to stop)")
+        log(f"{server.networks[0].texts['name']}: {url} (Ctrl-C to stop)")
         if not args.no_browser:  # in a thread, because a browser in the terminal blocks
             threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
         server.serve_forever()

@@ -51,7 +51,7 @@ def checkpoint_to_resume(args, recipes):
     if args.resume:
         path = find_checkpoint(args.resume)
         if path.name != LAST and not args.eval_only:
-            raise UserError(f"only a {LAST} can be resumed; {path} can be given to --eval-only", 2)
+            raise UserError(f"only {LAST} of a run can be resumed; see --eval-only for others", 2)
         return path
     for path, checkpoint in latest_runs(recipes):
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])

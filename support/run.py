@@ -30,9 +30,6 @@ from support.errors import DivergedError, UserError
 from support.files import lock_directory, write_atomic
 
 BEST, LOG = "best.pt", "log.txt"
-PLOTS = ("loss.png", "accuracy.png", "addition.png")
-PLOTS += ("confusion_matrix.png", "predictions.png", "mistakes.png")
-RUN_FILES = (LAST, BEST, "args.json", "metrics.csv", "results.json", "mistakes.csv", *PLOTS)
 
 
 def start(argv, description, recipes):
@@ -46,6 +43,8 @@ def start(argv, description, recipes):
         return args, None
     path = distributed.from_rank_0(checkpoints.checkpoint_to_resume, args, recipes)
     checkpoint = checkpoints.load_checkpoint(path)
+    if not args.resume:  # the command to resume names the run
+        argv = [*(word for word in argv if word != "--resume"), "--resume", str(path.parent)]
     args = parse_train_args(argv, description, checkpoint["flags"])
     args.resume = str(path)
     return args, checkpoint
@@ -114,8 +113,8 @@ class Run:
             self.identity = os.stat(self.path)
             if self.history:
                 self.save_derived()  # the run may have been killed before it wrote them
-            elif any((self.path / name).exists() for name in RUN_FILES):
-                raise UserError(f"{self.path} already holds a run; choose another --output-dir")
+            elif any(name != LOG and name[0] != "." for name in os.listdir(self.path)):
+                raise UserError(f"{self.path} is not empty; choose another --output-dir")
             self.log(f"command  {args.command}", show=None)
             self.log(f"versions {self.info['versions']}", show=None)
         if len(self.history) < recipe.epochs and not args.quiet:

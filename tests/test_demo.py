@@ -329,7 +329,7 @@ def test_errors_are_one_line(capsys, arguments, status):
 
 
 @pytest.mark.parametrize(
-    "runs, expected", [(["old", "new", "dry"], "runs.new.last"), (["dry"], ".*results.tiny")]
+    "runs, expected", [(["old", "new", "dry"], "runs.new"), (["dry"], "pretrained")]
 )
 def test_the_default_run_and_ctrl_c(run, tmp_path, runs, expected):
     for age, name in enumerate(reversed(runs)):
@@ -342,7 +342,7 @@ def test_the_default_run_and_ctrl_c(run, tmp_path, runs, expected):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=tmp_path, text=True, **pipes)
     line = process.stdout.readline()
-    assert re.fullmatch(rf"{expected}\.pt: http://127\.0\.0\.1:\d+/ \(Ctrl-C to stop\)\n", line)
+    assert re.fullmatch(rf".*\({expected}\): http://127\.0\.0\.1:\d+/ \(Ctrl-C to stop\)\n", line)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20) == ("", "interrupted\n")
     assert process.returncode == 130

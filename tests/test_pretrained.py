@@ -27,6 +27,11 @@ def test_recipe_and_digest():
     assert count_parameters(model) < 6000
 
 
+def test_it_can_be_evaluated(job):
+    status, out, err = job("--resume", PATH, "--eval-only", "--data-dir", "data")
+    assert (status, err) == (0, "") and out.startswith("result   test: digit ")
+
+
 def test_it_is_the_only_checkpoint():
     command = ["git", "ls-files", "*.pt", "*.pth", "*.pt2", "*.onnx"]
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -31,9 +31,10 @@ from inference.predictor import load_model
 from recipes import RECIPES
 from support import device, metrics, plots
 from support.augment import Affine
-from support.run import PLOTS, RUN_FILES
 from support.synthetic import synthetic_mnist
 
+PLOTS = "loss accuracy addition confusion_matrix predictions mistakes".split()
+PLOTS = [f"{name}.png" for name in PLOTS]
 FAST = ["--recipe", "fast", "--batch-size", 100, "--device", "cpu"]
 METRICS = "digit_loss sum_loss digit_objective sum_objective digit_accuracy sum_accuracy".split()
 COLUMNS = ["epoch", "lr", *(f"train_{name}" for name in METRICS)]
@@ -108,7 +109,8 @@ def test_a_run_finds_its_data_from_another_directory_or_is_told_where_it_is(
 def test_output_and_files_of_a_run(job_with_plots):
     status, out, err = job_with_plots(*FAST, "--epochs", 3)
     assert (status, err) == (0, "")
-    files = {*RUN_FILES, "log.txt"} - {"best.pt"}
+    files = {*PLOTS, "last.pt", "args.json", "metrics.csv", "results.json"}
+    files |= {"mistakes.csv", "log.txt"}
     assert {path.name for path in Path("runs/fast").iterdir()} == files
 
     history = rows("runs/fast")
@@ -250,8 +252,8 @@ def test_a_dry_run_is_short_and_marked(job):
     assert "DRY RUN" in results["note"] and results["epochs"] == 2
 
 
-def test_a_directory_with_any_file_of_a_run_is_refused(job):
-    for name in ("last.pt", "best.pt", "args.json", "loss.png"):
+def test_a_directory_with_any_file_is_refused(job):
+    for name in ("last.pt", "notes.txt"):
         Path(f"with {name}").mkdir()
         Path(f"with {name}", name).write_text("mine")
         status, out, err = job(*FAST, "--output-dir", f"with {name}")
