@@ -99,7 +99,7 @@ def prepare_part(image, window):
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
-        closer = prepare_part(crop(image, (box + [[-side], [side]]) * factor), window)
+        closer = prepare_part(crop(image, (box + [[-side // 2], [side // 2]]) * factor), window)
         if NO_INK not in closer.warnings:
             return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
@@ -156,8 +156,9 @@ def paper_difference(image, window):
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
     orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
     papers = [slide(slide(padded, width, a), width, b).astype(np.float32) for a, b in orders]
-    # Where it contains the ink, it has more edges.
-    edges = [sum(abs(np.diff(p[::4, ::4], axis=i)).sum() for i in (0, 1)) for p in papers]
+    # Near thin things, paper that contains the ink has edges.
+    thin = (papers[0] - papers[1])[::2, ::2]
+    edges = [(thin * np.abs(np.gradient(p[::2, ::2], axis=(0, 1)))).sum() for p in papers]
     paper = papers[np.argmin(edges)]
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
