@@ -2,7 +2,8 @@
 
 python -m benchmarks.photographs runs/default
 
-The photographs, in simulation.py, are made from test images of MNIST; drawings.py draws strokes.
+The photographs, in simulation.py and scenes.py, are made from test images of MNIST; drawings.py
+draws strokes.
 """
 
 import sys

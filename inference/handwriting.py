@@ -156,10 +156,11 @@ def paper_difference(image, window):
     padded = np.pad(rgb, [(width - 1, width - 1)] * 2 + [(0, 0)], "edge")
     orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
     papers = [slide(slide(padded, width, a), width, b).astype(np.float32) for a, b in orders]
-    # Near thin things, paper that contains the ink has edges.
+    # Paper that contains the ink has edges near thin things. Per channel: ink may be dark in one.
     thin = (papers[0] - papers[1])[::2, ::2]
-    edges = [(thin * np.abs(np.gradient(p[::2, ::2], axis=(0, 1)))).sum() for p in papers]
-    paper = papers[np.argmin(edges)]
+    slopes = [np.abs(np.gradient(p[::2, ::2], axis=(0, 1))).sum(axis=0) for p in papers]
+    edges = [(thin * slope).sum(axis=(0, 1)) for slope in slopes]  # (3,)
+    paper = np.where(edges[0] < edges[1], *papers)
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)
     return difference - np.quantile(difference[::4, ::4], 0.3, axis=(0, 1)), False  # that of noise
@@ -203,8 +204,7 @@ def select_digit(ink, threshold, noiseless):
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
         return ink, (CUT,) if ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape) else ()
     labels = connected_components(mask)
-    mass = np.bincount(labels.ravel(), ink.ravel())
-    mass[0] = 0  # label 0 is paper
+    mass = np.bincount(labels[mask], ink[mask])  # 0 for label 0, paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}

@@ -15,8 +15,7 @@ def find_sheet(rgb):
     edge = min(2, max(gray.shape) // 64)  # pixels at the edge of a sheet that may be blurred
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
-        areas = np.bincount(labels.ravel())
-        areas[0] = 0  # label 0 is the rest of the picture
+        areas = np.bincount(labels[mask])  # 0 for label 0, the rest of the picture
         for label in np.flatnonzero(areas > 0.1 * gray.size):
             sheet, ink = fill_holes(labels == label, mask)
             if ink is not None and is_rectangle(sheet):
