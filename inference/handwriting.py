@@ -157,9 +157,9 @@ def paper_difference(image, window):
     orders = (np.maximum, np.minimum), (np.minimum, np.maximum)
     papers = [slide(slide(padded, width, a), width, b).astype(np.float32) for a, b in orders]
     # Paper that contains the ink has edges near thin things. Per channel: ink may be dark in one.
-    thin = (papers[0] - papers[1])[::2, ::2]
-    slopes = [np.abs(np.gradient(p[::2, ::2], axis=(0, 1))).sum(axis=0) for p in papers]
-    edges = [(thin * slope).sum(axis=(0, 1)) for slope in slopes]  # (3,)
+    coarse = [np.pad(p, [(0, 2), (0, 2), (0, 0)], "edge")[::2, ::2] for p in papers]
+    slopes = [np.abs(np.gradient(p, axis=(0, 1))).sum(axis=0) for p in coarse]
+    edges = [((coarse[0] - coarse[1]) * slope).sum(axis=(0, 1)) for slope in slopes]  # (3,)
     paper = np.where(edges[0] < edges[1], *papers)
     # Contrast is proportional to brightness: undo shading.
     difference = abs(rgb - paper) * (paper.mean(axis=(0, 1)) + 24) / (paper + 24)

@@ -258,6 +258,12 @@ def test_values_that_are_not_numbers_are_paper():
     assert similar(prepare(Image.fromarray(gray)), prepare(seven()))
 
 
+@pytest.mark.parametrize("size", [(3, 3), (2000, 3), (4, 500), (5, 41)])
+def test_a_photographed_strip_is_no_error(size):
+    noise = np.random.default_rng(0).normal(150, 30, (*size, 3)).clip(0, 255).astype(np.uint8)
+    assert prepare(Image.fromarray(noise)).pixels.shape == (28, 28)
+
+
 def test_thousands_of_specks_are_not_looked_at_one_by_one(monkeypatch):
     dots = np.full((480, 480), 255, np.uint8)
     dots[2::4, 2::4] = 0
