@@ -20,7 +20,8 @@ from inference.sheet import bounding_box, connected_components, find_sheet, long
 from support.constants import SIDE
 from support.errors import UserError
 
-NO_INK, SEVERAL, CUT = "no ink found", "more than one digit", "ink at the picture's edge"
+NO_INK = "no digit found: photograph it from above, in even light"
+SEVERAL, CUT = "more than one digit", "ink at the picture's edge"
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side

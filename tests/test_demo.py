@@ -27,6 +27,7 @@ import demo
 import predict
 import train
 from inference import predictor
+from inference.handwriting import NO_INK
 from model import build_model
 from recipes import RECIPES
 
@@ -128,7 +129,7 @@ def test_the_formats(server, kind):
 
 def test_an_image_without_ink_has_no_digit(server):
     record = predicted(server, encode(Image.new("L", (100, 100), "white")))
-    assert (record["digit"], record["sum"], record["warnings"]) == (None, None, ["no ink found"])
+    assert (record["digit"], record["sum"], record["warnings"]) == (None, None, [NO_INK])
     assert not any(record["digit_probabilities"] + record["sum_probabilities"])
 
 

@@ -25,7 +25,7 @@ import predict
 import train
 from dataset import Source
 from inference import export, predictor
-from inference.handwriting import prepare
+from inference.handwriting import NO_INK, prepare
 from inference.predictor import Predictor, load_model
 from support import plots
 from support.synthetic import synthetic_mnist
@@ -217,15 +217,15 @@ def test_an_unreadable_picture_is_reported_and_the_others_are_predicted(command,
 
 def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
     Image.new("L", (100, 100), 255).save(workdir / "white.png")
-    assert command("white.png", "--save-picture", "plot.png") == (1, "no ink found\n", "")
+    assert command("white.png", "--save-picture", "plot.png") == (1, f"{NO_INK}\n", "")
     status, out, err = command("white.png", "0.png")
     assert status == 1 and err == ""
-    assert out.startswith("white.png: no ink found\n0.png: digit ")
+    assert out.startswith(f"white.png: {NO_INK}\n0.png: digit ")
     status, out, err = command("white.png", "--json")
     record = json.loads(out)[0]
     names = ("digit", "digit_probability", "sum", "sum_probability")
     assert status == 1 and [record[name] for name in names] == [None] * 4
-    assert record["warnings"] == ["no ink found"] and err == "warning: white.png: no ink found\n"
+    assert record["warnings"] == [NO_INK] and err == f"warning: white.png: {NO_INK}\n"
 
 
 def test_predictions_are_printed_even_if_the_plot_cannot_be_written(command, pictures):
