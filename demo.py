@@ -1,6 +1,6 @@
 """Draw a digit in the browser and see what a trained network predicts.
 
-python demo.py                           # the latest run, or results/tiny.pt if there is none
+python demo.py                           # all runs, latest first, and results/tiny.pt
 python demo.py runs/default --port 8080
 """
 
