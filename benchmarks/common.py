@@ -25,7 +25,7 @@ OWN_FLAGS = ("--recipe", "--seed", "--output-dir", "--resume", "--eval-only")  #
 
 def multiply_adds(recipe):
     """Multiply-adds of the forward pass of one image through the network of a Recipe."""
-    model = build_model(recipe.encoder, recipe.head).eval()
+    model = build_model(recipe.encoder, recipe.head, recipe.members).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, NUM_DIGITS))
     return counter.get_total_flops() // 2

@@ -57,6 +57,12 @@ def test_flops_are_six_times_the_multiply_adds(name):
     assert counter.get_total_flops() == images * (6 * (first + others) - 2 * first)
 
 
+def test_flops_of_an_ensemble_are_those_of_its_members():
+    members = RECIPES["ensemble"].members
+    flops = common.training_flops(RECIPES["default"])
+    assert members > 1 and common.training_flops(RECIPES["ensemble"]) == members * flops
+
+
 def test_an_ablation_compares_equal_seeds_and_resumes(workdir, monkeypatch, capsys):
     vary = "--vary label_smoothing=0 affine=[9,0.1,0.1,9] --vary schedule=constant"
     argv = shlex.split(f"--recipe fast --seeds 2 {vary} -- --dry-run --val-size 50")
