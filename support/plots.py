@@ -6,6 +6,7 @@ import math
 import textwrap
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -22,7 +23,7 @@ SPLIT_STYLES |= {"test": {"lw": 2, "marker": "."}}
 def as_png(figure):
     """The content of a PNG file with the figure, bytes-like."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    FigureCanvasAgg(figure).print_png(content)
     return content.getbuffer()
 
 

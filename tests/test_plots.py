@@ -1,10 +1,13 @@
 """What the plots of a run say."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 
 from support import plots
@@ -101,3 +104,22 @@ def test_each_row_of_a_prediction_has_its_title():
     figure = plots.prediction_figure([image] * 2, [pixels] * 2, digits, sums, titles)
     assert [row.get_suptitle() for row in figure.subfigs] == titles
     assert plots.as_png(figure)
+
+
+LATE_IMPORTS = """
+import sys
+from matplotlib.figure import Figure
+from support import plots
+
+before = set(sys.modules)
+plots.as_png(Figure())
+paths = [getattr(sys.modules[name], "__file__", None) or "" for name in {*sys.modules} - before]
+print(*[path for path in paths if "matplotlib" in path and not path.endswith(".py")])
+"""
+
+
+def test_what_plots_need_is_imported_before_training():
+    # Ctrl-C in the import of an extension module can become an ImportError at the end of a run.
+    command = [sys.executable, "-c", LATE_IMPORTS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "\n"), result
