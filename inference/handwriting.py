@@ -101,7 +101,7 @@ def prepare_part(image, window):
     side = longer_side(box)
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_part(crop(image, (box + [[-side // 2], [side // 2]]) * factor), window)
-        if NO_INK not in closer.warnings:
+        if not {NO_INK, CUT} & set(closer.warnings) - set(found):  # else a shadow
             return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
     if not flat:  # strokes have soft edges and uneven ink: clip most of it

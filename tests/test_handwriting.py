@@ -186,6 +186,14 @@ def test_a_photograph_gives_nearly_the_digit_that_was_written(damage):
     assert sorted(correlations)[1] > (0.55 if damage == "thin pen" else 0.75)
 
 
+@pytest.mark.parametrize("seed", [40, 242])
+def test_the_edge_of_a_shadow_beside_a_small_digit_is_not_read(seed):
+    digit = synthetic_mnist("test", 40).data.numpy()[seed % 40]
+    written = prepare(Image.fromarray(digit).resize((168, 168)))
+    seen = prepare(photograph(digit, np.random.default_rng(seed), "all"))
+    assert seen.warnings == () and correlation(written, seen) > 0.9
+
+
 @pytest.mark.parametrize("scene", [*DRAWINGS.values(), letterboxed])
 def test_a_digit_is_found_on_its_sheet_canvas_or_screen(scene):
     correlations = []
