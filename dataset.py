@@ -106,15 +106,12 @@ class MNISTSum(Dataset):
         if not batches:
             message = f"{len(self)} training images are too few for --batch-size {batch_size}"
             raise UserError(message, status=2)
-        return [
-            batch[: len(batch) - len(batch) % world_size][rank::world_size] for batch in batches
-        ]
+        return [batch[rank::world_size][: len(batch) // world_size] for batch in batches]
 
     def share(self):
         """This process's images for evaluation: int64 (n,) on the device."""
-        return torch.arange(len(self), device=self.device)[
-            distributed.rank() :: distributed.world_size()
-        ]
+        indices = torch.arange(len(self), device=self.device)
+        return indices[distributed.rank() :: distributed.world_size()]
 
     def process_seed(self):
         """A seed for what the network itself draws in the epoch; each process has its own."""
