@@ -168,12 +168,9 @@ def load_data(name, data_dir):
             instruction = f"place {', '.join(SHA256)} in {data_dir}"
             if name == "mnist":
                 raise UserError(f"{error}; {instruction}") from error
-            for line in (
-                f"warning: {error}",
-                instruction,
-                "training on synthetic digits, NOT MNIST",
-            ):
-                warn(line)
+            warn(f"warning: {error}")
+            warn(instruction)
+            warn("training on synthetic digits, NOT MNIST")
             name = "synthetic"
     if distributed.from_rank_0(lambda: name) == "synthetic":
         train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
