@@ -35,6 +35,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+RAW = Path("MNIST", "raw")  # torchvision's folder for them, in the data directory
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 
 
@@ -180,15 +181,10 @@ def load_data(name, data_dir):
 
 def find_file(data_dir, name):
     """The path of an unpacked or packed file of MNIST, in torchvision's layout or a flatter one."""
-    folders = raw_dir(data_dir), Path(data_dir, "raw"), Path(data_dir)
     names = name, name.replace("-idx", ".idx")  # the latter on Yann LeCun's page
     files = [f"{file}{suffix}" for file in names for suffix in ("", ".gz")]
-    paths = (folder / file for folder in folders for file in files)
+    paths = (Path(data_dir, folder, file) for folder in (RAW, "raw", "") for file in files)
     return next(filter(os.path.lexists, paths), None)
-
-
-def raw_dir(data_dir):
-    return Path(data_dir, "MNIST", "raw")
 
 
 def read_mnist(data_dir, prefix):
@@ -202,14 +198,12 @@ def read_mnist(data_dir, prefix):
 
 def read_verified(data_dir, name):
     """The unpacked content of a file. Raises UserError if it is missing or damaged."""
-    path, content = find_file(data_dir, name), b""
-    if path is None:
-        raise UserError(f"{raw_dir(data_dir) / name} is missing")
+    path = find_file(data_dir, name) or Path(data_dir, RAW, name)
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        pass
+        content = b""
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != SHA256[name]:
@@ -221,7 +215,7 @@ def download(data_dir):
     """Download MNIST with torchvision. If it fails, raises ConnectionError and leaves no file."""
     from torchvision.datasets import MNIST  # not at the top: importing it takes a second
 
-    raw = raw_dir(data_dir)
+    raw = Path(data_dir, RAW)
     raw.mkdir(parents=True, exist_ok=True)
     # One process downloads while the others wait.
     with lock_directory(raw, wait=True), TemporaryDirectory(dir=raw) as temporary:
@@ -240,4 +234,4 @@ def download(data_dir):
         finally:
             socket.setdefaulttimeout(timeout)
         for name in SHA256:
-            os.replace(raw_dir(temporary) / name, raw / name)
+            os.replace(Path(temporary, RAW, name), raw / name)
