@@ -14,7 +14,6 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,18 +147,12 @@ def split_indices(count, val_size, seed):
     return shuffled[val_size:].sort().values, shuffled[:val_size].sort().values
 
 
-class Source(NamedTuple):
-    """A training and a test set, each with `data`, uint8 (N, 28, 28), and `targets`, int64 (N,)."""
-
-    name: str  # "mnist" or "synthetic"
-    train: Any
-    test: Any
-
-
 def load_data(name, data_dir):
-    """Load the Source "mnist" or "synthetic"; "auto" is MNIST, or synthetic if it is unavailable.
+    """Load "mnist" or "synthetic" digits; "auto" is MNIST, or synthetic if it is unavailable.
 
-    Rank 0 decides for all processes. Raises UserError if "mnist" is unavailable, or damaged.
+    Returns an object with their `name` and the sets `train` and `test`, each with `data`, uint8
+    (N, 28, 28), and `targets`, int64 (N,). Rank 0 decides for all processes. Raises UserError if
+    "mnist" is unavailable, or damaged.
     """
     if name != "synthetic":
         try:
@@ -175,8 +168,9 @@ def load_data(name, data_dir):
             name = "synthetic"
     if distributed.from_rank_0(lambda: name) == "synthetic":
         train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
-        return Source("synthetic", train, test)
-    return Source("mnist", read_mnist(data_dir, "train"), read_mnist(data_dir, "t10k"))
+        return SimpleNamespace(name="synthetic", train=train, test=test)
+    train, test = read_mnist(data_dir, "train"), read_mnist(data_dir, "t10k")
+    return SimpleNamespace(name="mnist", train=train, test=test)
 
 
 def find_file(data_dir, name):

@@ -14,7 +14,6 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import train
-from dataset import Source
 from model import build_model
 from recipes import RECIPES
 from support import checkpoint as checkpoints
@@ -64,7 +63,7 @@ def fake_mnist():
     for count in (12_000, 1_000):
         data, targets = torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count).long()
         sets.append(SimpleNamespace(data=data, targets=targets))
-    return Source("mnist", *sets)
+    return SimpleNamespace(name="mnist", train=sets[0], test=sets[1])
 
 
 @EACH_RECIPE

@@ -123,7 +123,8 @@ def test_without_a_network_the_message_says_where_to_place_the_files(
         message = str(error.value)
     else:
         source = load_data("auto", tmp_path / "new")
-        assert source[:3] == ("synthetic", "train 60000", "test 10000")
+        assert source.name == "synthetic"
+        assert (source.train, source.test) == ("train 60000", "test 10000")
         message = capsys.readouterr().err
         assert "NOT MNIST" in message
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

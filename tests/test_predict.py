@@ -23,7 +23,6 @@ from PIL import Image
 
 import predict
 import train
-from dataset import Source
 from inference import export, predictor
 from inference.handwriting import NO_INK, prepare
 from inference.predictor import Predictor, load_model
@@ -45,7 +44,7 @@ DIGITS = prepared_digits("test", 40)
 def checkpoint(tmp_path_factory):
     """A model that has learned to recognize such digits."""
     directory = tmp_path_factory.mktemp("trained") / "run"
-    source = Source("mnist", prepared_digits("train", 1000), DIGITS)
+    source = SimpleNamespace(name="mnist", train=prepared_digits("train", 1000), test=DIGITS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_data", lambda *args: source)
         patch.setattr(plots, "run_figures", lambda *args: {})
