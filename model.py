@@ -21,11 +21,7 @@ class TwoHeadedNet(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
-
-    @property
-    def members(self):
-        """The networks that are trained: only this one. See Ensemble."""
-        return [self]
+        self.members = [self]  # the networks that are trained; an Ensemble has several
 
     def classify(self, features, addend):
         """Map features (B, F) and one-hot addends (B, 10) to log-probabilities (B, 10), (B, 19).
