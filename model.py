@@ -81,9 +81,8 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=None, pool=1):
+def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=0, pool=1):
     """Convolution, optional max pooling, batch normalization, ReLU."""
-    padding = kernel // 2 if padding is None else padding
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False),
         nn.MaxPool2d(pool) if pool > 1 else nn.Identity(),
@@ -95,10 +94,10 @@ def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=None, po
 def standard():
     """Four convolutions; the first has stride 2, since full resolution would take the most time."""
     return nn.Sequential(
-        conv_norm_relu(1, 32, kernel=5, stride=2),  # (B, 32, 14, 14)
-        conv_norm_relu(32, 64, kernel=3, pool=2),  # (B, 64, 7, 7)
-        conv_norm_relu(64, 128, kernel=3),  # (B, 128, 7, 7)
-        conv_norm_relu(128, 128, kernel=3, padding=0),  # (B, 128, 5, 5)
+        conv_norm_relu(1, 32, kernel=5, stride=2, padding=2),  # (B, 32, 14, 14)
+        conv_norm_relu(32, 64, kernel=3, padding=1, pool=2),  # (B, 64, 7, 7)
+        conv_norm_relu(64, 128, kernel=3, padding=1),  # (B, 128, 7, 7)
+        conv_norm_relu(128, 128, kernel=3),  # (B, 128, 5, 5)
         nn.MaxPool2d(5),  # AdaptiveMaxPool2d has no deterministic backward pass on GPUs
         nn.Flatten(),  # (B, 128)
     )
@@ -108,8 +107,8 @@ def shallow():
     """Two convolutions and a fully connected layer, on the central 24x24 pixels."""
     return nn.Sequential(
         nn.ZeroPad2d(-2),  # crops to (B, 1, 24, 24): the border is nearly always empty
-        conv_norm_relu(1, 16, kernel=5, padding=0, pool=2),  # (B, 16, 10, 10)
-        conv_norm_relu(16, 48, kernel=3, padding=0, pool=2),  # (B, 48, 4, 4)
+        conv_norm_relu(1, 16, kernel=5, pool=2),  # (B, 16, 10, 10)
+        conv_norm_relu(16, 48, kernel=3, pool=2),  # (B, 48, 4, 4)
         nn.Flatten(),  # (B, 768)
         nn.Linear(768, 256, bias=False),
         nn.BatchNorm1d(256),
@@ -149,7 +148,7 @@ def tiny():
     """Many layers, few parameters: after MobileNet (arXiv 1704.04861) and ResNet (1512.03385)."""
     return nn.Sequential(
         nn.ZeroPad2d(-1),  # crops to (B, 1, 26, 26)
-        conv_norm_relu(1, 16, kernel=5, pool=2),  # (B, 16, 13, 13)
+        conv_norm_relu(1, 16, kernel=5, padding=2, pool=2),  # (B, 16, 13, 13)
         separable(16, 24),  # (B, 24, 13, 13)
         separable(24, 36, pool=2),  # (B, 36, 6, 6)
         SharedPointwise(36, depth=4),
