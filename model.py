@@ -76,11 +76,6 @@ def build_model(encoder, head, members=1):
     return TwoHeadedNet(layers.train(), head(None if isinstance(layers, Logits) else num_features))
 
 
-def count_parameters(module):
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=0, pool=1):
     """Convolution, optional max pooling, batch normalization, ReLU."""
     return nn.Sequential(
