@@ -54,24 +54,16 @@ class Predictions(NamedTuple):
 
         Consistent: the predicted sum is the predicted digit + addend.
         """
-        (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
-        digit_objective = F.cross_entropy(
-            self.digit_log_probs.mT, digit, label_smoothing=label_smoothing
-        )
-        sum_objective = F.cross_entropy(
-            self.sum_log_probs.mT, total, label_smoothing=label_smoothing
-        )
-        correct_digit, correct_sum = predicted_digit == digit, predicted_sum == total
-        values = {
-            "digit_loss": -self.digit_log_probs.gather(2, digit[:, :, None]),
-            "sum_loss": -self.sum_log_probs.gather(2, total[:, :, None]),
-            "digit_objective": digit_objective - lowest_loss(label_smoothing, NUM_DIGITS),
-            "sum_objective": sum_objective - lowest_loss(label_smoothing, NUM_SUMS),
-            "digit_accuracy": correct_digit,
-            "sum_accuracy": correct_sum,
-            "both_accuracy": correct_digit & correct_sum,
-            "consistency": predicted_sum == predicted_digit + torch.arange(NUM_DIGITS),
-        }
+        values = dict.fromkeys(TRAIN_METRICS)  # the order of the columns of metrics.csv
+        digit, total = self.predicted()
+        outputs = zip(CLASSES.items(), self[:2], self.targets(), (digit, total), strict=True)
+        for (output, classes), log_probs, target, predicted in outputs:
+            objective = F.cross_entropy(log_probs.mT, target, label_smoothing=label_smoothing)
+            values[f"{output}_loss"] = -log_probs.gather(2, target[:, :, None])
+            values[f"{output}_objective"] = objective - lowest_loss(label_smoothing, classes)
+            values[f"{output}_accuracy"] = predicted == target
+        values["both_accuracy"] = values["digit_accuracy"] & values["sum_accuracy"]
+        values["consistency"] = total == digit + torch.arange(NUM_DIGITS)
         return {name: value.double().mean().item() for name, value in values.items()}
 
     def confusion(self):
@@ -153,9 +145,8 @@ def epoch_line(row, epochs):
     splits = [split for split in ("train", "val", "test") if f"{split}_seconds" in row]
     text = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss digit/sum"
     for split in splits:
-        text += (
-            f" {split} {row[f'{split}_digit_objective']:.4f}/{row[f'{split}_sum_objective']:.4f}"
-        )
+        digit, total = (row[f"{split}_{output}_objective"] for output in CLASSES)
+        text += f" {split} {digit:.4f}/{total:.4f}"
     for split in splits[1:]:
         text += f"  {split}"
         for name in ("digit", "sum", "both"):
