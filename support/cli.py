@@ -11,7 +11,6 @@ from contextlib import suppress
 
 from support.errors import UserError
 
-OUT_OF_MEMORY = "out of memory; try a smaller batch (--batch-size) or picture"
 TRANSIENT = {"command", "resume", "eval_only", "quiet", "output_dir"}  # not stored with the run
 MAY_CHANGE = {"epochs", "device", "precision", "data_dir"}  # when a run is resumed
 
@@ -142,11 +141,9 @@ def exit_status(main):
             if sys.stderr:
                 print("interrupted", file=sys.stderr)
             return interrupt_status(error)
-        except MemoryError as error:
-            return fail(error, OUT_OF_MEMORY)
-        except RuntimeError as error:
-            if re.search("out of memory|DefaultCPUAllocator|bad_alloc", str(error)):
-                return fail(error, OUT_OF_MEMORY)
+        except (MemoryError, RuntimeError) as error:
+            if re.search("MemoryError|out of memory|DefaultCPUAllocator|bad_alloc", repr(error)):
+                return fail(error, "out of memory; try a smaller batch (--batch-size) or picture")
             if distributed.world_size() == 1:
                 raise
             return fail(error, str(error).splitlines()[0])  # perhaps another process has ended
@@ -155,8 +152,7 @@ def exit_status(main):
                 print(end="", flush=True)
             except OSError:  # stdout is broken: Python would fail again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            path = f"{error.filename}: " if error.filename else ""
-            return fail(error, f"{path}{error.strerror or error}")
+            return fail(error, str(error))
 
     def fail(error, message, status=1):
         message = printable("; ".join([message, *getattr(error, "__notes__", ())]))
