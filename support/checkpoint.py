@@ -72,11 +72,9 @@ def load_checkpoint(path):
         checkpoint["recipe"].setdefault("members", 1)  # older checkpoints have no ensembles
         if not is_valid(checkpoint):
             raise ValueError
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
     except Exception as error:  # for a damaged archive, zipfile and torch raise many types
-        message = f"cannot read {path} (damaged, or not a checkpoint of this version)"
-        raise UserError(message) from error
+        reason = getattr(error, "strerror", None) or "damaged, or of another version"
+        raise UserError(f"cannot read {path} ({reason})") from error
     return checkpoint
 
 
