@@ -75,7 +75,7 @@ def main(argv):
         for path in export(file, predictor, checkpoint):
             report(f"exported {path}")
 
-    files, originals, prepared = [], [], []
+    records, plotted = [], []
     for file in args.image:
         try:
             if file == "-" and not sys.stdin:
@@ -86,31 +86,26 @@ def main(argv):
         except UserError as error:
             warn(f"error: {file}: {error}")
             continue
-        files.append(file)
-        prepared.append(prepare(image))
-        if args.save_picture:
-            originals.append(upright(image))
-            originals[-1].thumbnail((600, 600))  # many photographs would not fit into memory
-
-    records = []
-    if files:
-        digits, sums = predict(predictor, prepared, args.add)
-        rows = zip(files, prepared, digits, sums, strict=True)
-        records = [make_record(*row, args.add) for row in rows]
-    for record in records:
+        prepared = prepare(image)
+        (digits,), (sums,) = predict(predictor, [prepared], args.add)
+        record = make_record(file, prepared, digits, sums, args.add)
+        records.append(record)
         line = as_line(record)
         for text in record["warnings"]:
             if args.json or text != line:
-                warn(f"warning: {record['file']}: {text}")
+                warn(f"warning: {file}: {text}")
         if not args.json:
-            log(f"{record['file']}: {line}" if len(args.image) > 1 else line)
+            log(f"{file}: {line}" if len(args.image) > 1 else line)
+        if args.save_picture:
+            original = upright(image)
+            original.thumbnail((600, 600))  # many photographs would not fit into memory
+            plotted.append((original, prepared.pixels, digits, sums, as_title(record)))
     if args.json:
         print(json.dumps(records, indent=2), flush=True)
-    if files and args.save_picture:
+    if plotted:
         from support import plots  # matplotlib is slow to import
 
-        pixels, titles = [one.pixels for one in prepared], [as_title(one) for one in records]
-        figure = plots.prediction_figure(originals, pixels, digits, sums, titles)
+        figure = plots.prediction_figure(*zip(*plotted, strict=True))
         write_atomic(args.save_picture, plots.as_png(figure))
     predicted = sum(record["digit"] is not None for record in records)
     return 0 if predicted == len(args.image) else 1
