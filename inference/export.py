@@ -30,17 +30,15 @@ def export(path, predictor, checkpoint):
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # contains paths of this machine
-    write_atomic(path, as_onnx(program) if path.suffix == ".onnx" else as_pt2(program))
+    content = io.BytesIO()
+    if path.suffix == ".onnx":
+        content.write(as_onnx(program))
+    else:
+        torch.export.save(program, content)
+    write_atomic(path, content.getbuffer())
     card_path = path.with_name(f"{path.name}.md")
     write_atomic(card_path, model_card(path, predictor, checkpoint).encode())
     return path, card_path
-
-
-def as_pt2(program):
-    """The content of a .pt2 file, bytes-like."""
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    return content.getbuffer()
 
 
 def as_onnx(program):
