@@ -29,9 +29,7 @@ def lock_directory(path, wait):
         except BlockingIOError as error:
             raise UserError(f"another process is using {path}") from error
         except OSError as error:
-            warn(
-                f"warning: {path} cannot be locked ({error.strerror}): do not use it twice at once"
-            )
+            warn(f"warning: cannot lock {path} ({error.strerror}): do not use it twice at once")
         yield
     finally:
         os.close(handle)
