@@ -67,14 +67,13 @@ class Run:
         self.history, self.curve, self.predictions = [], [], {}
         self.status, self.start_time = 0, time.perf_counter()
         self.contexts = ExitStack()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         self.info = {
             "recipe": args.recipe,
             "dataset": args.dataset,
             "note": training_caveat(vars(args)),
             "seed": args.seed,
             "epochs": recipe.epochs,
-            "parameters": parameters,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "device": str(train_set.device),
             "precision": args.precision,
             "processes": distributed.world_size(),
