@@ -7,7 +7,7 @@ from inference.handwriting import NO_INK
 from model import build_model
 from recipes import RECIPES
 from support.checkpoint import load_checkpoint, restore
-from support.constants import NUM_DIGITS, SIDE
+from support.constants import NUM_DIGITS
 from support.errors import UserError
 
 BATCH = 256  # images
@@ -17,7 +17,8 @@ UNSURE = 0.65  # warn if the digit is less probable than this
 def load_model(path):
     """Load the trained model of a run directory or a checkpoint, on the CPU, in evaluation mode.
 
-    Also returns the checkpoint, a dict. Raises UserError if the recipe has a different network now.
+    Also returns the checkpoint, a dict. Raises UserError if its network is not that of the recipe
+    or has weights that are not numbers.
     """
     checkpoint = load_checkpoint(path)
     name, saved = checkpoint["flags"]["recipe"], checkpoint["recipe"]
@@ -29,6 +30,8 @@ def load_model(path):
         raise UserError(f"{path}: recipe {name!r} of this version has a different network")
     model = build_model(recipe.encoder, recipe.head, recipe.members)
     restore(checkpoint, model)
+    if not all(values.isfinite().all() for values in model.state_dict().values()):
+        raise UserError(f"{path}: unusable network: its weights are not numbers")
     return model.eval(), checkpoint
 
 
@@ -38,15 +41,9 @@ class Predictor(torch.nn.Module):
     def __init__(self, model, recipe):
         super().__init__()
         self.model, self.recipe = model.requires_grad_(False), recipe
-        # Fails now, not at the first picture, if the weights are NaN.
-        blank = next(model.parameters()).new_zeros(1, SIDE, SIDE)
-        self(blank.byte(), blank[:, 0, 0].long())
 
     def forward(self, pixels, addends):
-        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19).
-
-        Raises UserError if a probability is NaN.
-        """
+        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, not {pixels.dtype}")
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
@@ -54,10 +51,7 @@ class Predictor(torch.nn.Module):
         # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.
         e = self.recipe["label_smoothing"]
         probabilities = [(x.exp() - e / x.shape[-1]).clamp(min=0) for x in log_probs]
-        probabilities = [p / p.sum(dim=-1, keepdim=True) for p in probabilities]
-        if not torch.compiler.is_compiling() and not torch.cat(probabilities, 1).isfinite().all():
-            raise UserError("unusable network: its probabilities are not numbers")
-        return tuple(probabilities)
+        return tuple(p / p.sum(dim=-1, keepdim=True) for p in probabilities)
 
 
 def predict(predictor, prepared, addend):
