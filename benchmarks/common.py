@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import build_model
 from support.checkpoint import RUNS
 from support.constants import NUM_DIGITS, SIDE
-from support.device import cpu_capabilities
 from support.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +48,8 @@ def summary(values):
 
 def machine():
     """The processor and the number of threads, as text."""
-    processor = cpu_capabilities().get("cpu_name", platform.machine())
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions know nothing
+    processor = known.get("cpu_name", platform.machine())
     return f"{processor}, {torch.get_num_threads()} threads"
 
 

@@ -66,13 +66,8 @@ def has_fast_bf16(device):
     """Whether a device has bf16 arithmetic in hardware. Emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = cpu_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def cpu_capabilities():
-    """What PyTorch knows about the processor, as a dict; older versions know nothing."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions know nothing
+    return device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def move_model(model, device):
