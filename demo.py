@@ -143,8 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(403 if self.path == "/" else 404)
         nonce, page = secrets.token_urlsafe(), (ROOT / "inference" / "page.html").read_text("utf-8")
         networks = json.dumps([network.texts for network in self.server.networks])
-        for name, text in {"nonce": nonce, "networks": networks}.items():
-            page = page.replace(f"{{{{{name}}}}}", html.escape(text))
+        page = page.replace("{{nonce}}", nonce).replace("{{networks}}", html.escape(networks))
         self.reply("text/html; charset=utf-8", page, POLICY.format(nonce))
 
     def do_POST(self):
