@@ -122,8 +122,7 @@ RECIPES["ensemble"] = dataclasses.replace(RECIPES["default"], description=ENSEMB
 def recipe_from_args(args, recipes=RECIPES):
     """The recipe that `--recipe` names, with the settings that other flags replace."""
     if args.recipe not in recipes:
-        names = ", ".join(recipes)
-        raise UserError(f"no recipe {args.recipe!r}; choose from {names}", status=2)
+        raise UserError(f"no recipe {args.recipe!r}; choose from {', '.join(recipes)}", status=2)
     settings = {setting.name for setting in dataclasses.fields(Recipe)}
     given = {k: v for k, v in vars(args).items() if k in settings and v is not None}
     recipe = dataclasses.replace(recipes[args.recipe], **given)
