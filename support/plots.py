@@ -5,7 +5,6 @@ import itertools
 import math
 import textwrap
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -114,7 +113,7 @@ def curves(rows, splits, metric):
     for split, output in itertools.product(splits, OUTPUT_COLORS):
         key = f"{split}_{output}_{metric}"
         if key in rows[0]:
-            values = np.array([row[key] for row in rows])
+            values = [row[key] for row in rows]
             style = SPLIT_STYLES[split] | ({"lw": 0.8} if output == "both" else {})
             yield f"{output}, {split}", epochs, values, style | {"color": OUTPUT_COLORS[output]}
 
@@ -125,7 +124,7 @@ def accuracy_figure(history, title):
     figure = new_figure("Error rate", title, 5.6, note)
     axes = figure.add_subplot()
     for label, epochs, values, style in curves(history, SPLIT_STYLES, "accuracy"):
-        errors = 100 - 100 * values
+        errors = [100 - 100 * value for value in values]
         if len(history) == 1:
             bar = axes.bar(label, errors, color=style["color"], width=0.5)
             axes.bar_label(bar, fmt="%.2f %%", padding=2)
