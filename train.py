@@ -149,8 +149,7 @@ def make_datasets(data, recipe, args, device):
     make = partial(MNISTSum, mean=recipe.mean, std=recipe.std, seed=args.seed, device=device)
     eval_sets = {"val": make(data.train, "val", val)} if recipe.val_size else {}
     eval_sets["test"] = make(data.test, "test", test)
-    options = {"addends": recipe.addends, "affine": recipe.affine}
-    return make(data.train, "train", train, **options), eval_sets
+    return make(data.train, "train", train, addends=recipe.addends, affine=recipe.affine), eval_sets
 
 
 def make_optimizer(model, recipe):
