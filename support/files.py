@@ -2,37 +2,30 @@
 
 import errno
 import os
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from support.console import warn
 from support.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows, which cannot lock directories
-    fcntl = None
 
 
 @contextmanager
 def lock_directory(path, wait):
     """Hold a lock on a directory, without a lock file; if it is held, wait or raise UserError.
 
-    Where directories cannot be locked, as on some network drives, warns and goes on.
+    Where directories cannot be locked, as on some network drives and Windows, warns and goes on.
     """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
+            import fcntl  # Windows has none
+
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"another process is using {path}") from error
-        except OSError as error:
-            warn(f"warning: cannot lock {path} ({error.strerror}): do not use it twice at once")
+        except (ImportError, OSError) as error:
+            warn(f"warning: cannot lock {path} ({error}): do not use it twice at once")
         yield
-    finally:
-        os.close(handle)
 
 
 def write_atomic(path, content):
