@@ -1,10 +1,9 @@
 """Training recipes: a table of networks with their hyperparameters."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from torch import nn
 
@@ -61,7 +60,7 @@ class Recipe:
 
     def as_plain(self):
         """The settings in JSON types, with functions and classes as their names."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=lambda f: f.__name__))
+        return json.loads(json.dumps(asdict(self), default=lambda f: f.__name__))
 
 
 # What our recipes share, what the augmented ones add, and what the published systems share.
@@ -116,16 +115,16 @@ RECIPES = {
 }
 # fmt: on
 ENSEMBLE = "six networks of default, their log-probabilities averaged"
-RECIPES["ensemble"] = dataclasses.replace(RECIPES["default"], description=ENSEMBLE, members=6)
+RECIPES["ensemble"] = replace(RECIPES["default"], description=ENSEMBLE, members=6)
 
 
 def recipe_from_args(args, recipes=RECIPES):
     """The recipe that `--recipe` names, with the settings that other flags replace."""
     if args.recipe not in recipes:
         raise UserError(f"no recipe {args.recipe!r}; choose from {', '.join(recipes)}", status=2)
-    settings = {setting.name for setting in dataclasses.fields(Recipe)}
+    settings = {setting.name for setting in fields(Recipe)}
     given = {k: v for k, v in vars(args).items() if k in settings and v is not None}
-    recipe = dataclasses.replace(recipes[args.recipe], **given)
+    recipe = replace(recipes[args.recipe], **given)
     if args.dry_run:
-        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, 2))
+        recipe = replace(recipe, epochs=min(recipe.epochs, 2))
     return recipe
