@@ -68,9 +68,8 @@ def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
         loss.backward()
         optimizer.step()
 
-        steps.append(
-            step_metrics(digit_log_probs, digit, digit_loss, sum_log_probs, total, sum_loss)
-        )
+        outputs = (digit_log_probs, digit, digit_loss), (sum_log_probs, total, sum_loss)
+        steps.append(step_metrics(*outputs))
         progress.update()
     return torch.stack(steps).cpu().double()
 

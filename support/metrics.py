@@ -100,22 +100,17 @@ def lowest_loss(label_smoothing, classes):
 
 
 @torch.no_grad()
-def step_metrics(digit_log_probs, digit, digit_objective, sum_log_probs, total, sum_objective):
+def step_metrics(*outputs):
     """Sums over the images of a training step: (7,), TRAIN_METRICS and the number of images.
 
-    Takes the outputs (B, 10) and (B, 19), their targets (B,), and what is minimized. The sums stay
-    on the device: reading them at each step would stall a GPU.
+    Takes a triple for the digit and one for the sum: log-probabilities (B, C), targets (B,), what
+    is minimized. The sums stay on the device: reading them at each step would stall a GPU.
     """
-    values = [
-        F.nll_loss(digit_log_probs, digit),
-        F.nll_loss(sum_log_probs, total),
-        digit_objective.detach(),
-        sum_objective.detach(),
-        (digit_log_probs.argmax(dim=1) == digit).float().mean(),
-        (sum_log_probs.argmax(dim=1) == total).float().mean(),
-        torch.ones_like(digit_objective),
-    ]
-    return len(digit) * torch.stack(values)
+    values = [F.nll_loss(log_probs, target) for log_probs, target, _ in outputs]
+    values += [objective for _, _, objective in outputs]
+    values += [(log_probs.argmax(dim=1) == y).float().mean() for log_probs, y, _ in outputs]
+    values.append(torch.ones_like(values[0]))
+    return len(outputs[0][0]) * torch.stack(values)
 
 
 def epoch_metrics(steps, epoch, label_smoothing):
