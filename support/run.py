@@ -283,8 +283,7 @@ class Run:
         disputed = DISPUTED if self.args.dataset == "mnist" else set()
         shown = test_set.images.cpu(), test_set.addends.cpu(), disputed, title
         predictions = splits["test"]
-        rows = predictions.mistakes(disputed)
-        self.save_csv("mistakes.csv", metrics.MISTAKE_COLUMNS, rows)
+        self.save_csv("mistakes.csv", metrics.MISTAKE_COLUMNS, predictions.mistakes(disputed))
         curves = self.history, self.curve, predictions
         figures = plots.run_figures(*curves, *shown, self.recipe.label_smoothing)
         for name, figure in figures.items():
