@@ -55,10 +55,7 @@ class Run:
 
     Creates the directory of the run, or continues in it with the model and the optimizer restored.
     If it is interrupted, it ends with the command that continues the run. Rank 0 writes all files.
-
-    Args:
-        train_set: an MNISTSum; eval_sets: the MNISTSums to evaluate, by split.
-        checkpoint: the one to resume, or None.
+    The eval_sets are MNISTSums by split; checkpoint is the one to resume, or None.
     """
 
     def __init__(self, args, recipe, model, optimizer, train_set, eval_sets, checkpoint):
@@ -135,9 +132,9 @@ class Run:
         self.log(f"run      {self.path}")
 
     def __exit__(self, kind, error, traceback):
-        saved = (self.path / LAST).exists()
-        try:
-            if isinstance(error, KeyboardInterrupt):
+        saved, interrupted = (self.path / LAST).exists(), isinstance(error, KeyboardInterrupt)
+        with self.contexts:
+            if interrupted:
                 self.status = interrupt_status(error)
                 unsaved = "" if saved else "; nothing was saved"
                 done = f"{len(self.history)}/{self.recipe.epochs}"
@@ -145,16 +142,13 @@ class Run:
                 self.save_plots()
                 if saved:
                     self.log(f"resume   {self.resume_command()}")
-                return True
-            if error and saved and not isinstance(error, DivergedError):
+            elif error and saved and not isinstance(error, DivergedError):
                 error.add_note(f"resume with: {self.resume_command()}")
-            return False
-        finally:
-            self.contexts.close()
-            if distributed.rank() == 0 and not saved:
-                with suppress(OSError):
-                    (self.path / LOG).unlink(missing_ok=True)
-                    self.path.rmdir()
+        if distributed.rank() == 0 and not saved:
+            with suppress(OSError):
+                (self.path / LOG).unlink(missing_ok=True)
+                self.path.rmdir()
+        return interrupted
 
     def epochs_left(self):
         """Yield the epochs to train, counted from 1."""
