@@ -1,6 +1,5 @@
 """Checkpoints: finding, loading and validating them."""
 
-import io
 import itertools
 import math
 import os
@@ -64,11 +63,10 @@ def load_checkpoint(path):
     """Load a checkpoint, or that of a run directory, on the CPU; UserError if it is not usable."""
     path = find_checkpoint(path)
     try:
-        content = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load accepts damaged tensors
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["recipe"].setdefault("members", 1)  # older checkpoints have no ensembles
         if not is_valid(checkpoint):
             raise ValueError
