@@ -78,7 +78,7 @@ class Network:
     """The trained network at a path, under a name in the list on the page."""
 
     def __init__(self, path, name):
-        self.path, (model, checkpoint) = path, load_model(path)
+        model, checkpoint = load_model(path)
         self.predictor, self.stages = Predictor(model, checkpoint["recipe"]), []
         for layer in model.members[0].encoder.children():
             layer.register_forward_hook(self.record_maps)
@@ -131,10 +131,6 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # the client is gone
             super().handle()
 
-    def client_is_gone(self):
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return readable and not self.connection.recv(1, socket.MSG_PEEK)
-
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":
             return self.send_error(403 if self.path == "/" else 404)
@@ -158,8 +154,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.lock.acquire(timeout=TURN):
             return self.send_error(503, "demo.py is busy; try again")
         try:
-            if self.client_is_gone():
-                return
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                return  # the client is gone
             image = read_picture(io.BytesIO(body), [FORMATS[kind]], MAX_PIXELS)
             record = self.server.networks[index].predict(image, addend)
         except UserError as error:
