@@ -105,7 +105,7 @@ def main(argv):
     if plotted:
         from support import plots  # matplotlib is slow to import
 
-        figure = plots.prediction_figure(*zip(*plotted, strict=True))
+        figure = plots.prediction_figure(plotted)
         write_atomic(args.save_picture, plots.as_png(figure))
     predicted = sum(record["digit"] is not None for record in records)
     return 0 if predicted == len(args.image) else 1

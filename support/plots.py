@@ -62,21 +62,21 @@ def loss_figure(curve, history, title):
     return figure
 
 
-def prediction_figure(originals, pixels, digits, sums, titles):
+def prediction_figure(predictions):
     """A row per image: the original, the input of the network, the probabilities of both outputs.
 
-    originals: N Pillow images; pixels: N of uint8 (28, 28); digits, sums: (N, 10), (N, 19).
+    A prediction: a Pillow image, uint8 (28, 28), probabilities (10,) and (19,), a title.
     """
-    figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(titles))
-    rows = figure.subfigures(len(titles), 1, squeeze=False).flatten()
-    for i, (row, title) in enumerate(zip(rows, titles, strict=True)):
+    figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(predictions))
+    rows = figure.subfigures(len(predictions), 1, squeeze=False).flatten()
+    for row, (image, pixels, digits, sums, title) in zip(rows, predictions, strict=True):
         row.suptitle(title, x=0.012, ha="left", parse_math=False)
         original, network_input, *bars = row.subplots(1, 4, width_ratios=(2, 2, 3, 6))
-        original.imshow(originals[i])
+        original.imshow(image)
         original.set(xticks=[], yticks=[], xlabel="original")
-        network_input.imshow(pixels[i], cmap="gray", vmin=0, vmax=255)
+        network_input.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         network_input.set(xticks=[], yticks=[], xlabel="input of the network")
-        for axes, output, values in zip(bars, ("digit", "sum"), (digits[i], sums[i]), strict=True):
+        for axes, output, values in zip(bars, ("digit", "sum"), (digits, sums), strict=True):
             classes = range(len(values))
             axes.bar(classes, 100 * values.numpy(), color=OUTPUT_COLORS[output])
             axes.set(xticks=classes, ylim=(0, 100), xlabel=output, ylabel="probability, %")

@@ -99,9 +99,9 @@ def test_a_disputed_label_is_marked_with_its_source():
 
 def test_each_row_of_a_prediction_has_its_title():
     image, pixels = Image.new("RGB", (40, 40)), torch.zeros(28, 28).byte().numpy()
-    digits, sums = torch.full((2, 10), 0.1), torch.full((2, 19), 1 / 19)
+    digits, sums = torch.full((10,), 0.1), torch.full((19,), 1 / 19)
     titles = ["one", r"two $\wrong$.png"]  # no formula
-    figure = plots.prediction_figure([image] * 2, [pixels] * 2, digits, sums, titles)
+    figure = plots.prediction_figure([(image, pixels, digits, sums, title) for title in titles])
     assert [row.get_suptitle() for row in figure.subfigs] == titles
     assert plots.as_png(figure)
 

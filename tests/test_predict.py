@@ -321,10 +321,11 @@ def test_a_plot_shows_the_name_and_the_warnings(command, workdir, monkeypatch):
         picture.paste(0, (left, 10, left + 6, 50))
     name = os.fsdecode(b"two\xff.png")  # its bytes cannot be drawn
     picture.save(workdir / name)
-    plot, titles = plots.prediction_figure, []
-    monkeypatch.setattr(plots, "prediction_figure", lambda *a: titles.extend(a[4]) or plot(*a))
+    plot, rows = plots.prediction_figure, []
+    monkeypatch.setattr(plots, "prediction_figure", lambda new: rows.extend(new) or plot(new))
     assert command(name, "--save-picture", "plot.png")[0] == 0
-    assert titles[0].startswith(r"two\udcff.png: digit") and "\nmore than one digit" in titles[0]
+    *_, title = rows[0]
+    assert title.startswith(r"two\udcff.png: digit") and "\nmore than one digit" in title
 
 
 def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
@@ -336,11 +337,11 @@ def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
     sheet = Image.new("RGB", ink.size, "white")
     sheet.paste(ink, mask=ink)
     sheet.save(workdir / "turned.jpg", exif=turned)
-    plot, plotted = plots.prediction_figure, []
-    monkeypatch.setattr(plots, "prediction_figure", lambda *a: plotted.extend(a[0]) or plot(*a))
+    plot, rows = plots.prediction_figure, []
+    monkeypatch.setattr(plots, "prediction_figure", lambda new: rows.extend(new) or plot(new))
     assert command("ink.png", "turned.jpg", "--save-picture", "plot.png")[0] == 0
-    assert plotted[0].getextrema() == ((0, 255),) * 3
-    assert plotted[0].size == (60, 40) and plotted[1].size == (40, 60)
+    assert rows[0][0].getextrema() == ((0, 255),) * 3
+    assert rows[0][0].size == (60, 40) and rows[1][0].size == (40, 60)
 
 
 @pytest.mark.parametrize(
