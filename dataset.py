@@ -98,14 +98,12 @@ class MNISTSum(Dataset):
         rank, world_size = distributed.rank(), distributed.world_size()
         least = 2 * world_size
         if batch_size % world_size or batch_size < least:
-            message = f"--batch-size must be a multiple of {world_size}, at least {least}"
-            raise UserError(message, status=2)
+            raise UserError(f"--batch-size must be a multiple of {world_size}, at least {least}", 2)
         batches = list(self.order().split(batch_size))
         if len(batches[-1]) < (batch_size if drop_last else least):
             batches.pop()
         if not batches:
-            message = f"{len(self)} training images are too few for --batch-size {batch_size}"
-            raise UserError(message, status=2)
+            raise UserError(f"only {len(self)} training images for --batch-size {batch_size}", 2)
         return [batch[rank::world_size][: len(batch) // world_size] for batch in batches]
 
     def share(self):
