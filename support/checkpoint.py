@@ -36,10 +36,7 @@ def latest_runs(recipes):
 
 def find_checkpoint(path):
     """The path of the checkpoint in a run directory, or of the checkpoint file itself."""
-    found = Path(path, LAST) if os.path.isdir(path) else Path(path)
-    if not os.path.exists(found):  # unlike Path.exists, accepts names that are too long
-        raise UserError(f"no checkpoint at {found}")
-    return found
+    return Path(path, LAST) if os.path.isdir(path) else Path(path)
 
 
 def checkpoint_to_resume(args, recipes):
@@ -48,10 +45,7 @@ def checkpoint_to_resume(args, recipes):
     With --eval-only, or with --epochs beyond what it has, a finished run counts too.
     """
     if args.resume:
-        path = find_checkpoint(args.resume)
-        if path.name != LAST and not args.eval_only:
-            raise UserError(f"only {LAST} of a run can be resumed; see --eval-only for others", 2)
-        return path
+        return find_checkpoint(args.resume)
     for path, checkpoint in latest_runs(recipes):
         left = (args.epochs or checkpoint["recipe"]["epochs"]) - len(checkpoint["history"])
         if args.eval_only or left > 0:
