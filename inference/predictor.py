@@ -22,12 +22,10 @@ def load_model(path):
     """
     checkpoint = load_checkpoint(path)
     name, saved = checkpoint["flags"]["recipe"], checkpoint["recipe"]
-    if name not in RECIPES:
-        raise UserError(f"{path}: this version has no recipe {name!r}")
-    recipe = RECIPES[name]
+    recipe = RECIPES.get(name)
     settings = "encoder", "head", "members", "mean", "std", "label_smoothing"
-    if any(saved.get(setting) != recipe.as_plain()[setting] for setting in settings):
-        raise UserError(f"{path}: recipe {name!r} of this version has a different network")
+    if not recipe or any(saved.get(setting) != recipe.as_plain()[setting] for setting in settings):
+        raise UserError(f"{path}: recipe {name!r} is gone or has a different network")
     model = build_model(recipe.encoder, recipe.head, recipe.members)
     restore(checkpoint, model)
     if not all(values.isfinite().all() for values in model.state_dict().values()):
