@@ -64,10 +64,7 @@ class Ensemble(nn.Module):
 
 
 def build_model(encoder, head, members=1):
-    """Build the network of a recipe from its encoder function and its head class.
-
-    With several members, each has its own weights.
-    """
+    """Build the network of a recipe: for each member, from an encoder function and a head class."""
     if members > 1:
         return Ensemble([build_model(encoder, head) for _ in range(members)])
     layers = encoder().eval()

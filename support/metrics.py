@@ -50,10 +50,7 @@ class Predictions(NamedTuple):
         return digit, probability
 
     def metrics(self, label_smoothing=0.0):
-        """Metrics over all pairs. Objective: the loss with label smoothing, less its minimum.
-
-        Consistent: the predicted sum is the predicted digit + addend.
-        """
+        """Metrics over all pairs. Consistent: the predicted sum is the predicted digit + addend."""
         values = dict.fromkeys(TRAIN_METRICS)  # the order of the columns of metrics.csv
         digit, total = self.predicted()
         outputs = zip(CLASSES.items(), self[:2], self.targets(), (digit, total), strict=True)
@@ -116,8 +113,7 @@ def step_metrics(*outputs):
 def epoch_metrics(steps, epoch, label_smoothing):
     """Means of an epoch, and points of its loss curve: (epochs trained, digit, sum).
 
-    steps: float64 (S, 7), a row of `step_metrics` for each step. The curve is that of the training
-    objective.
+    steps: float64 (S, 7), a row of `step_metrics` for each step. The curve is of the objective.
     """
 
     def means(part):  # over images, not over batches, since the last batch may be smaller
