@@ -154,9 +154,8 @@ def make_datasets(data, recipe, args, device):
 def make_optimizer(model, recipe):
     """The optimizer of a recipe; `train_epoch` sets its learning rate at each step."""
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": fused}
-    options |= recipe.optimizer_options
-    return getattr(torch.optim, recipe.optimizer)(model.parameters(), **options)
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, **recipe.optimizer_options}
+    return getattr(torch.optim, recipe.optimizer)(model.parameters(), fused=fused, **options)
 
 
 if __name__ == "__main__":
