@@ -21,7 +21,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 
 from inference.handwriting import prepare, read_picture
-from inference.predictor import UNSURE, Predictor, load_model, make_record, predict
+from inference.predictor import UNSURE, Predictor, load_model, predict
 from recipes import RECIPES
 from support.checkpoint import find_checkpoint, latest_runs, training_caveat
 from support.cli import Parser, exit_status, number
@@ -101,10 +101,9 @@ class Network:
             self.stages = self.stages[: None if has_weights else -1] + [stage]
 
     def predict(self, image, addend):
-        """The record of a Pillow image, with all that the page shows, in JSON types."""
+        """The prediction for a Pillow image, with all that the page shows, in JSON types."""
         prepared, self.stages = prepare(image), []
-        (digits,), (sums,) = predict(self.predictor, [prepared], addend)
-        record = make_record("-", prepared, digits, sums, addend)
+        record, digits, sums = predict(self.predictor, prepared, addend)
         record |= {"digit_probabilities": digits.tolist(), "sum_probabilities": sums.tolist()}
         record |= {"pixels": prepared.pixels.tolist(), "stages": self.stages}
         return record | {"unsure": UNSURE}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from inference.export import FORMATS, export
 from inference.handwriting import NO_INK, prepare, read_picture, upright
-from inference.predictor import Predictor, load_model, make_record, predict
+from inference.predictor import Predictor, load_model, predict
 from support.checkpoint import training_caveat
 from support.cli import Parser, exit_status
 from support.console import log, warn
@@ -87,8 +87,8 @@ def main(argv):
             warn(f"error: {file}: {error}")
             continue
         prepared = prepare(image)
-        (digits,), (sums,) = predict(predictor, [prepared], args.add)
-        record = make_record(file, prepared, digits, sums, args.add)
+        record, digits, sums = predict(predictor, prepared, args.add)
+        record = {"file": file} | record
         records.append(record)
         line = as_line(record)
         for text in record["warnings"]:

@@ -19,7 +19,7 @@ from benchmarks.scenes import SCENES
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
 from inference.handwriting import Prepared, prepare
-from inference.predictor import Predictor, load_model, make_record, predict
+from inference.predictor import Predictor, load_model, predict
 from support.cli import Parser, exit_status, number
 from support.constants import SIDE
 
@@ -51,8 +51,7 @@ def evaluate(predictor, test, kind, count, rng):
     pictures, digits, images = make_pictures(kind, test, count, rng)
 
     def predict_all(images):  # for each: is the digit correct, is there a warning
-        outputs = zip(images, *predict(predictor, images, addend=0), strict=True)
-        records = [make_record("", *output, addend=0) for output in outputs]
+        records = [predict(predictor, image, addend=0)[0] for image in images]
         right = [r["digit"] == digit for r, digit in zip(records, digits.tolist(), strict=True)]
         return right, [bool(record["warnings"]) for record in records]
 

@@ -1,4 +1,4 @@
-"""A trained network for inference: loading it, its probabilities, the record of a prediction."""
+"""A trained network for inference: loading it, its probabilities, a prediction."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,6 @@ from support.checkpoint import load_checkpoint, restore
 from support.constants import NUM_DIGITS
 from support.errors import UserError
 
-BATCH = 256  # images
 UNSURE = 0.65  # warn if the digit is less probable than this
 
 
@@ -53,22 +52,17 @@ class Predictor(torch.nn.Module):
 
 
 def predict(predictor, prepared, addend):
-    """Probabilities of digits (N, 10) and sums (N, 19) for N prepared images and one addend.
+    """Predict the digit of a Prepared image and its sum with the addend.
 
-    They are 0 for an image without ink.
+    Returns the prediction, a dict in JSON types, and the probabilities, (10,) and (19,). If there
+    is no ink, the values are None and the probabilities 0.
     """
-    pixels = torch.stack([torch.from_numpy(image.pixels) for image in prepared])  # (N, 28, 28)
-    batches = [predictor(batch, torch.full((len(batch),), addend)) for batch in pixels.split(BATCH)]
-    has_ink = pixels.flatten(1).any(dim=1, keepdim=True)
-    return [has_ink * torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-
-def make_record(file, prepared, digits, sums, addend):
-    """The prediction for an image, in JSON types; its values are None if there is no ink."""
-    record = {"file": file, "digit": None, "digit_probability": None, "addend": addend}
+    pixels = torch.from_numpy(prepared.pixels)[None]  # (1, 28, 28)
+    digits, sums = (pixels.any() * one for (one,) in predictor(pixels, torch.tensor([addend])))
+    record = {"digit": None, "digit_probability": None, "addend": addend}
     record |= {"sum": None, "sum_probability": None, "warnings": list(prepared.warnings)}
     if NO_INK not in prepared.warnings:
         record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
         record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
         record["warnings"] += ["the digit is uncertain"] if digits.max() < UNSURE else []
-    return record
+    return record, digits, sums

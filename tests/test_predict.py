@@ -23,7 +23,7 @@ from PIL import Image
 
 import predict
 import train
-from inference import export, predictor
+from inference import export
 from inference.handwriting import NO_INK, prepare
 from inference.predictor import Predictor, load_model
 from support import plots
@@ -182,16 +182,6 @@ def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
     monkeypatch.setattr(predict, "read_picture", read_picture)
     assert command(*[file for file, _ in pictures[:5]])[0] == 0
     assert len(alive) == 5 and max(alive) <= 2  # this one and the one before it
-
-
-def test_predictions_do_not_depend_on_the_batch_size(trained, monkeypatch):
-    network = load_predictor(trained)
-    prepared = [SimpleNamespace(pixels=pixels.numpy()) for pixels in DIGITS.data[:7]]
-    together = predictor.predict(network, prepared, 4)
-    monkeypatch.setattr(predictor, "BATCH", 3)
-    for ours, theirs in zip(predictor.predict(network, prepared, 4), together, strict=True):
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(ours.sum(dim=1), torch.ones(7))
 
 
 def test_a_picture_from_standard_input(command, pictures, monkeypatch, workdir):
