@@ -5,6 +5,7 @@ import functools
 import itertools
 import multiprocessing.forkserver
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,6 +49,8 @@ def child(flags, log, mnist, run_figures, prepare):
     plots.run_figures = run_figures
     tqdm.set_lock(threading.RLock())  # its own is shared between processes and survives a kill
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if pytest runs with &
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or with nohup
     if prepare:
         prepare()
     os._exit(train.main(flags))
