@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from inference.handwriting import prepare, read_picture
+from inference.handwriting import prepare
+from inference.picture import read_picture
 from inference.predictor import UNSURE, Predictor, load_model, predict
 from recipes import RECIPES
 from support.checkpoint import find_checkpoint, latest_runs, training_caveat

@@ -13,7 +13,8 @@ from mimetypes import guess_type
 from pathlib import Path
 
 from inference.export import FORMATS, export
-from inference.handwriting import NO_INK, prepare, read_picture, upright
+from inference.handwriting import NO_INK, prepare, upright
+from inference.picture import read_picture
 from inference.predictor import Predictor, load_model, predict
 from support.checkpoint import training_caveat
 from support.cli import Parser, exit_status

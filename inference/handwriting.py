@@ -6,23 +6,17 @@ to 20x20 by area averaging, scale the strongest ink to 255, shift the center of 
 MNIST's own digits change by at most one gray level, except 16 of 70,000: their longer side is 19.
 """
 
-import io
 import math
-import re
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps
 
 from inference.sheet import bounding_box, connected_components, find_sheet, longer_side
 from support.constants import SIDE
-from support.errors import UserError
 
 NO_INK = "no digit found: photograph it from above, in even light"
 SEVERAL, CUT = "more than one digit", "ink at the picture's edge"
-UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
@@ -36,46 +30,6 @@ class Prepared(NamedTuple):
 
     pixels: np.ndarray  # uint8 (28, 28), light on dark; all 0 if no ink was found
     warnings: tuple[str, ...] = ()  # a subset of NO_INK, SEVERAL, CUT
-
-
-def read_picture(file, formats=None, max_pixels=90_000_000):
-    """Open a path or a binary stream in one of Pillow's `formats`. UserError if unusable.
-
-    Images with transparency or more than 8 bits take more memory: they may have half of
-    `max_pixels`. A JPEG with more pixels is decoded at a half, quarter or eighth of its size.
-    """
-    try:
-        content = Path(file).read_bytes() if isinstance(file, str) else file.read()
-        with warnings.catch_warnings(action="ignore"):  # about chunks that don't matter
-            image = Image.open(io.BytesIO(content), formats=formats)
-            if min(image.size) < 3:
-                raise UserError(f"only {image.width} x {image.height} pixels; give a larger image")
-            doubled = image.has_transparency_data or image.mode[0] in "IF"
-            excess = image.width * image.height * (1 + doubled) / max_pixels
-            if excess > 1:
-                factor = 2 ** math.ceil(math.log2(excess) / 2)  # of width and height
-                if not image.draft(None, (image.width // factor, image.height // factor)):
-                    raise UserError("too many pixels; give a smaller image")
-            # Phone cameras write MPO: the photo, then a depth map or a gain map.
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise UserError("has several pages or frames; give a single image")
-            image.load()
-            return ImageOps.exif_transpose(image)  # here: damaged EXIF data raises too
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        for name, pattern in UNSUPPORTED.items():
-            if re.search(pattern, content[:1000]):
-                raise UserError(f"{name} is not supported; export it as JPEG or PNG") from error
-        raise UserError("not a readable image") from error
-    except Image.DecompressionBombError as error:
-        raise UserError("too many pixels; give a smaller image") from error
-    except MemoryError as error:
-        raise UserError("not enough memory to read it; give a smaller image") from error
-    except Exception as error:  # for damaged files Pillow raises errors of many types
-        missing = re.search("Ghostscript|not available", str(error))  # which Pillow calls
-        reason = getattr(error, "strerror", None) or (str(error) if missing else "damaged image")
-        raise UserError(f"cannot be read ({reason})") from error
 
 
 def prepare(image):

@@ -15,7 +15,8 @@ from benchmarks.scenes import SCENES
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
 from inference import handwriting
-from inference.handwriting import CUT, NO_INK, SEVERAL, as_mnist, prepare, read_picture
+from inference.handwriting import CUT, NO_INK, SEVERAL, as_mnist, prepare
+from inference.picture import read_picture
 from support.errors import UserError
 from support.synthetic import synthetic_mnist
 
