@@ -3,11 +3,13 @@
 python -m benchmarks.published_systems
 python -m benchmarks.published_systems --curve    # also plot published/results/concat-mlp/curve.png
 
-Reads the results of train.py --recipe NAME in published/results/NAME, and results/default.json.
+Reads the results of train.py --recipe NAME in published/results/NAME, results.json or, of several
+seeds, seed-N.json, and results/default.json.
 """
 
 import csv
 import json
+import statistics
 import sys
 from dataclasses import replace
 from typing import NamedTuple
@@ -111,8 +113,21 @@ def run_accuracies(system):
     return Accuracies(*(100 * float(row[f"test_{output}_accuracy"]) for output in OUTPUTS))
 
 
+def over_seeds(name, paths):
+    """Mean and standard deviation of our runs with several seeds, as text; paths: results.json."""
+    expected = expected_settings(RECIPES[name]) | {"recipe": name, "epochs": RECIPES[name].epochs}
+    runs = [json.loads(path.read_text()) for path in paths]
+    for path, run in zip(paths, runs, strict=True):
+        check(path, run, expected)
+    seeds = [[100 * run["test"][f"{output}_accuracy"] for run in runs] for output in OUTPUTS]
+    mean, sd = (Accuracies(*map(f, seeds)) for f in (statistics.mean, statistics.stdev))
+    return f"{mean} (mean of {len(runs)}; sd {sd})"
+
+
 def as_published(name):
     """Our accuracies for a published system, those that it also published."""
+    if seeds := sorted((PUBLISHED / name).glob("seed-*.json")):
+        return over_seeds(name, seeds)
     digit, total, both, _ = run_accuracies(name)
     if SYSTEMS[name].mean:
         return Accuracies(digit, total, both, mean=(digit + total) / 2)

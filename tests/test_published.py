@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -33,13 +34,18 @@ def test_every_published_recipe_has_a_row(results, capsys):
     assert rows["added"][1].endswith(" / – / –")
     assert rows["shared-trunk"][2] == rows["shared-trunk-slow"][2] != "–"
     assert rows["default"][2].endswith("(mean of 5)")
+    runs = [json.loads(path.read_text()) for path in results.glob("shared-trunk/seed-*.json")]
+    sums = np.array([100 * run["test"]["sum_accuracy"] for run in runs])
+    assert len(sums) == 5 and f"/ {sums.mean():.2f} /" in rows["shared-trunk"][1]
+    assert f"/ {sums.std(ddof=1):.2f} /" in rows["shared-trunk"][1]
 
 
+@pytest.mark.parametrize("file", ["concat-mlp/results.json", "shared-trunk/seed-1.json"])
 @pytest.mark.parametrize(
     "values", [{"recipe": "added"}, {"dataset": "synthetic"}, {"parameters": 1}]
 )
-def test_a_run_of_something_else_is_refused(results, capsys, values):
-    change(results / "concat-mlp" / "results.json", **values)
+def test_a_run_of_something_else_is_refused(results, capsys, file, values):
+    change(results / file, **values)
     assert published_systems.main([]) == 1
     out, err = capsys.readouterr()
     assert out == "" and next(iter(values)) in err and err.count("\n") == 1
