@@ -118,7 +118,10 @@ class Server(ThreadingTCPServer):
 
     def __init__(self, networks, port=0):
         self.networks, self.lock = networks, threading.Lock()
-        super().__init__(("127.0.0.1", port), Handler)
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise UserError(f"cannot use port {port} ({error.strerror})") from error
         self.hosts = [f"{name}:{self.server_address[1]}" for name in ("127.0.0.1", "localhost")]
 
 

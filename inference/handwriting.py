@@ -55,7 +55,8 @@ def prepare_part(image, window):
     side = longer_side(box)
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_part(crop(image, (box + [[-side // 2], [side // 2]]) * factor), window)
-        if not {NO_INK, CUT} & set(closer.warnings) - set(found):  # else a shadow
+        # Ink that reaches the edge only in the closer picture is the edge of a shadow.
+        if not {NO_INK, CUT} & set(closer.warnings) - set(found):
             return Prepared(closer.pixels, tuple(dict.fromkeys(found + closer.warnings)))
     digit = digit[top:bottom, left:right]
     if not flat:  # strokes have soft edges and uneven ink: clip most of it

@@ -316,7 +316,7 @@ def test_every_recipe_has_feature_maps(recipe, monkeypatch):
 def test_a_port_in_use(server, run, capsys):
     port = server.server_address[1]
     assert demo.main([str(run), "--port", str(port), "--no-browser"]) == 1
-    assert re.fullmatch(r"error: [^\n]*Address already in use\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"error: cannot use port {port} [^\n]+\n", capsys.readouterr().err)
     with demo.Server([]) as other:
         assert other.server_address != server.server_address
 

@@ -184,6 +184,15 @@ def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
     assert len(alive) == 5 and max(alive) <= 2  # this one and the one before it
 
 
+def test_predictions_do_not_depend_on_the_batch(trained):
+    network, addends = load_predictor(trained), torch.full((7,), 4)
+    together = network(DIGITS.data[:7], addends)
+    alone = [network(image[None], addends[:1]) for image in DIGITS.data[:7]]
+    for ours, theirs in zip(zip(*alone, strict=True), together, strict=True):
+        torch.testing.assert_close(torch.cat(ours), theirs)
+        torch.testing.assert_close(theirs.sum(dim=1), torch.ones(7))
+
+
 def test_a_picture_from_standard_input(command, pictures, monkeypatch, workdir):
     file, digit = pictures[1]
     stream = SimpleNamespace(buffer=io.BytesIO((workdir / file).read_bytes()))
@@ -291,6 +300,15 @@ def test_probabilities_that_are_not_numbers_are_an_error(trained, pictures, caps
         out, err = capsys.readouterr()
         assert out == "" and re.fullmatch("error: [^\n]*(not numbers|different network)\n", err)
     assert not Path("digits.pt2").exists()
+
+
+def test_weights_that_overflow_are_an_error(trained, pictures, capsys):
+    checkpoint = torch.load(trained / "last.pt")
+    next(iter(checkpoint["network"].values())).fill_(3e38)
+    torch.save(checkpoint, trained / "last.pt")
+    assert predict.main([str(trained), "0.png", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch("error: [^\n]*not numbers\n", err)
 
 
 def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
