@@ -14,7 +14,7 @@ bf16 (several times as long without it):
   default   20 epochs  99.73 / 99.73 %  3 minutes   best accuracy for its cost
   fast       1 epoch   99.41 / 99.40 %  seconds     two convolutions
   tiny      60 epochs  99.56 / 99.55 %  5 minutes   5,893 parameters
-  ensemble  20 epochs  99.74 / 99.74 %  18 minutes  six networks of default, averaged
+  ensemble  20 epochs  99.74 / 99.74 %  47 minutes  six networks of default; on one core
 
 Published systems, described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
 shared-trunk-fixed, concat-linear, concat-linear-fixed, added, added-fixed.
