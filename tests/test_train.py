@@ -354,7 +354,7 @@ def test_bare_resume_continues_the_latest_unfinished_run(job, monkeypatch):
         assert job(*FAST, *flags.split())[0] == 0
     for i, name in enumerate(["unfinished", "finished", "fast-dry-run"]):
         os.utime(f"runs/{name}/last.pt", (i, i))
-    quiet = job("--resume", "--eval-only")
+    quiet = job("--resume", "", "--eval-only")  # what a shell makes of "$RUN" if it is not set
     assert quiet[0] == 0 and quiet[1] == job("--resume", "runs/finished", "--eval-only")[1]
     assert "saved    runs/unfinished\n" in job("--resume")[1]
     status, out, err = job("--resume")
