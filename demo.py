@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import secrets
 import select
@@ -62,12 +63,12 @@ def main(argv):
 
 def load_networks(run=None):
     """The networks to choose from: that of `run`, of the latest runs, and the pretrained one."""
-    networks = {find_checkpoint(run).resolve(): Network(run, run)} if run else {}
+    networks = {os.path.realpath(find_checkpoint(run)): Network(run, run)} if run else {}
     latest = [(path, path.parent) for path, _ in latest_runs(RECIPES)]
     for path, name in [*latest, (PRETRAINED, "pretrained")]:
         try:
-            if path.resolve() not in networks:
-                networks[path.resolve()] = Network(path, name)
+            if os.path.realpath(path) not in networks:
+                networks[os.path.realpath(path)] = Network(path, name)
         except UserError as error:
             warn(f"warning: {error}; skipped")
     if not networks:

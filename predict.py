@@ -45,7 +45,8 @@ def parse_args(argv):
     for path, suffixes in outputs:
         if path and path.suffix not in suffixes:
             parser.error(f"{path} does not end in {' or '.join(suffixes)}")
-    if args.save_picture and args.save_picture.resolve() in [Path(p).resolve() for p in args.image]:
+    inputs = map(os.path.realpath, args.image)
+    if args.save_picture and os.path.realpath(args.save_picture) in inputs:
         parser.error(f"--save-picture would overwrite the image {args.save_picture}")
     if args.save_picture and len(args.image) > MAX_PLOTTED:
         parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")

@@ -238,6 +238,12 @@ def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
     assert (workdir / "0.png").read_bytes() == content
 
 
+def test_a_symbolic_link_to_itself_is_an_unreadable_picture(command, workdir):
+    (workdir / "loop.png").symlink_to("loop.png")
+    status, out, err = command("loop.png", "--save-picture", "plot.png")
+    assert (status, out) == (1, "") and err.startswith("error: loop.png: ")
+
+
 def predict_process(trained, *arguments, shell="", encoding="utf-8"):
     """predict.py as a process, with the redirections of a shell."""
     command = shlex.join([sys.executable, str(ROOT / "predict.py"), str(trained), *arguments])
