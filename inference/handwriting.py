@@ -142,7 +142,7 @@ def find_ink(difference, flat):
         if not strong.any():
             return ink, np.inf
         direction = difference[strong].mean(axis=0)
-        projection = difference @ (direction / np.linalg.norm(direction))
+        projection = difference @ (direction / max(np.linalg.norm(direction), 1e-9))
         ink = projection.clip(0)
     strength = np.median(ink[strong])
     rest = projection[~strong]

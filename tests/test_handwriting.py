@@ -170,6 +170,13 @@ def test_noise_is_not_ink():
     assert prepare(Image.fromarray(noise)).warnings == (NO_INK,)
 
 
+@pytest.mark.filterwarnings("error")
+def test_marks_that_are_lighter_and_darker_than_the_paper_by_the_same_are_not_ink():
+    pixels = np.full((100, 100), 100, np.uint8)
+    pixels[20:40, 20:40], pixels[60:80, 60:80] = 0, 200
+    assert prepare(Image.fromarray(pixels)).warnings == (NO_INK,)
+
+
 def test_ink_at_the_edge_gives_a_warning():
     assert CUT in prepare(seven().crop((0, 60, 200, 200))).warnings
 
