@@ -164,9 +164,8 @@ def on_desk(picture, rng):
     width, height = np.array(picture.size) * rng.uniform(1.2, 2, 2)
     corner = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
     turn = rng.normal(0, 0.05)
-    turned = (corner - 0.5) @ np.array(
-        [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
-    )
+    cos, sin = np.cos(turn), np.sin(turn)
+    turned = (corner - 0.5) @ [[cos, sin], [-sin, cos]]
     spots = turned * picture.size + [width / 2, height / 2]
     spots += rng.normal(0, 0.02, (4, 2)) * picture.size
     spots += rng.uniform(-0.25, 0.25, 2) * ([width, height] - np.array(picture.size))

@@ -161,17 +161,17 @@ def table():
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def curve_figure(history):
-    """Error rates of both outputs of concat-mlp against the epoch, ours and the published ones.
-
-    history: for each epoch a dict with `test_digit_accuracy` and `test_sum_accuracy` (fractions).
-    """
+def plot_curve():
+    """Plot error rates of concat-mlp by epoch, ours and the published ones; returns the path."""
+    path = PUBLISHED / "concat-mlp" / "curve.png"
+    metrics = read(path.with_name("metrics.csv"), "train.py --recipe concat-mlp")
+    history = list(csv.DictReader(metrics.splitlines()))
     subtitle = "concat-mlp. Ours: all ten addends for each test image; published: one, sampled."
     figure = plots.new_figure("Test error rate: ours and published", subtitle, 5.6)
     axes = figure.add_subplot()
     epochs = range(1, len(history) + 1)
     for output, text in CURVE.items():
-        ours = [100 - 100 * row[f"test_{output}_accuracy"] for row in history]
+        ours = [100 - 100 * float(row[f"test_{output}_accuracy"]) for row in history]
         theirs = [100 - float(value) for value in text.split()]
         color = plots.OUTPUT_COLORS[output]
         for name, errors, style in (("ours", ours, "-o"), ("published", theirs, "--s")):
@@ -179,17 +179,7 @@ def curve_figure(history):
             label = f"{output}, {name}: {100 - errors[-1]:.2f} %"
             axes.plot(epochs, errors, style, color=color, mfc=fill, ms=5, label=label)
     plots.finish_curves(axes, "error rate, % (log scale)", "accuracy after the last epoch")
-    return figure
-
-
-def plot_curve():
-    """Plot concat-mlp's curve; returns the path of the file."""
-    directory = PUBLISHED / "concat-mlp"
-    text = read(directory / "metrics.csv", "train.py --recipe concat-mlp")
-    rows = csv.DictReader(text.splitlines())
-    history = [{key: float(value) for key, value in row.items()} for row in rows]
-    path = directory / "curve.png"
-    write_atomic(path, plots.as_png(curve_figure(history)))
+    write_atomic(path, plots.as_png(figure))
     return path
 
 

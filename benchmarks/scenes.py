@@ -4,13 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.drawings import as_picture, canvas, letterboxed, on_desk, on_page
-from benchmarks.simulation import (
-    add_noise,
-    photograph,
-    place_on_sheet,
-    smooth_noise,
-    wide_pen,
-)
+from benchmarks.simulation import add_noise, photograph, place_on_sheet, smooth_noise, wide_pen
 
 PAPER, INK = 236.0, 40.0
 

@@ -145,24 +145,20 @@ def train_once(name, recipe, seed, directory, flags):
     return json.loads((directory / "results.json").read_text())
 
 
-def read_accuracies(directory, results, split):
-    """Accuracies after the last epoch, as fractions; on the test set also the consistency."""
-    with open(directory / "metrics.csv", newline="") as file:
-        *_, last = csv.DictReader(file)
-    accuracies = {output: float(last[f"{split}_{output}_accuracy"]) for output in OUTPUTS}
-    return accuracies | ({"consistency": results["test"]["consistency"]} if split == "test" else {})
-
-
 def measured_on(val_size):
     """The kind of images on which accuracies are measured."""
     return "validation" if val_size else "test"
 
 
 def run_seed(name, recipe, seed, directory, flags):
-    """Train a row with a seed and print its accuracies; returns results.json and these."""
-    results = train_once(name, recipe, seed, directory / f"seed-{seed}", flags)
+    """Train a row with a seed; returns results.json and the last epoch's accuracies, fractions."""
+    results = train_once(name, recipe, seed, directory, flags)
     split = "val" if recipe.val_size else "test"
-    accuracies = read_accuracies(directory / f"seed-{seed}", results, split)
+    with open(directory / "metrics.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    accuracies = {output: float(last[f"{split}_{output}_accuracy"]) for output in OUTPUTS}
+    if split == "test":
+        accuracies["consistency"] = results["test"]["consistency"]
     text = "  ".join(f"{key} {100 * value:.3f} %" for key, value in accuracies.items())
     where = f"on {measured_on(recipe.val_size)} images"
     print(f"{name}  seed {seed}  {text}  {where}  {results['train_seconds']:.1f} s", flush=True)
@@ -252,8 +248,8 @@ def main(argv):
     with patch.object(plots, "run_figures", lambda *args: {}):
         for seed in range(args.seeds):
             for name, recipe in rows.items():  # inner loop: a busy machine slows all rows down
-                run = run_seed(name, recipe, seed, directories[name], args.flags)
-                runs[name].append(run)
+                directory = directories[name] / f"seed-{seed}"
+                runs[name].append(run_seed(name, recipe, seed, directory, args.flags))
     for name, recipe in rows.items():
         results["rows"][name] = summarize(recipe, runs[name])
         print(report(name, results["rows"][name]), flush=True)

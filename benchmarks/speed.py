@@ -150,7 +150,7 @@ def accuracy(args):
     print(f"{args.recipe}: {misses} of {len(rows)} seeds missed {100 * TARGET:.1f} %")
     section = {"target": TARGET, "misses": misses, "median": {}, "runs": rows}
     if args.peer:
-        section["peer"] = run_peer(args.peer, train_args(args).data_dir)
+        section["peer"] = run_peer(args.peer, parse_train_args(args.flags).data_dir)
     for name in seconds:
         # A miss never reaches the target.
         ours = statistics.median(row[name] if row["reached"] else math.inf for row in rows)
@@ -165,7 +165,7 @@ def accuracy(args):
 
 def limit(args):
     """FLOP/s of training, relative to those of matrix products."""
-    device, _ = pick_device(train_args(args))
+    device, _ = pick_device(parse_train_args(args.flags))
     run = train(args.recipe, [*EPOCHS, *args.flags])
     images = (TRAIN_IMAGES - run.recipe["val_size"]) / statistics.median(run.epoch_seconds)
     flops = 6 * multiply_adds(RECIPES[args.recipe]) * images  # backward: two forward passes
@@ -198,7 +198,7 @@ def growth(args):
 
     The other images are held out and evaluated, which counts toward memory but not toward time.
     """
-    if train_args(args).val_size is not None:
+    if parse_train_args(args.flags).val_size is not None:
         raise UserError("growth sets --val-size itself", status=2)
     rows, sizes = [], [TRAIN_IMAGES // part for part in (8, 4, 2, 1)]
     print(f"training on {', '.join(f'{n:,}' for n in sizes)} images in turn", flush=True)
@@ -276,11 +276,6 @@ def busy_process():
             yield
         finally:
             process.kill()
-
-
-def train_args(args):
-    """The flags of train.py after --, parsed."""
-    return parse_train_args(args.flags)
 
 
 def parse_args(argv):

@@ -45,8 +45,9 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def merge_rows(rows, count):
-    """The complete tensor of `count` rows, of which each process has rows rank::world_size."""
+def merge_rows(parts, count):
+    """The complete tensor of `count` rows; each process has rows rank::world_size, in parts."""
+    rows = torch.cat(parts)
     complete = rows.new_zeros(count, *rows.shape[1:])
     complete[rank() :: world_size()] = rows
     return all_reduce_sum(complete)

@@ -29,10 +29,8 @@ class Predictions(NamedTuple):
     @classmethod
     def merged(cls, outputs, digits, start_time):
         """Merge the outputs of `classify_all` for the batches of all processes, on each of them."""
-        merged = [
-            distributed.merge_rows(torch.cat(parts), len(digits)).cpu()
-            for parts in zip(*outputs, strict=True)
-        ]
+        batches = zip(*outputs, strict=True)
+        merged = [distributed.merge_rows(parts, len(digits)).cpu() for parts in batches]
         return cls(*merged, digits.cpu(), time.perf_counter() - start_time)
 
     def targets(self):
