@@ -65,7 +65,7 @@ def load_checkpoint(path):
         if not is_valid(checkpoint):
             raise ValueError
     except Exception as error:  # for a damaged archive, zipfile and torch raise many types
-        reason = getattr(error, "strerror", None) or "damaged, or of another version"
+        reason = getattr(error, "strerror", None) or "no checkpoint, damaged, or of another version"
         raise UserError(f"cannot read {path} ({reason})") from error
     return checkpoint
 
@@ -123,7 +123,7 @@ def restore(checkpoint, model, optimizer=None):
                 group["fused"] = optimizer.defaults["fused"]  # depends on the device
         model.load_state_dict(checkpoint["network"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("the checkpoint is of a different network or optimizer") from error
+        raise UserError("the network or the optimizer is not that of the run") from error
 
 
 def layout(state):

@@ -80,7 +80,8 @@ def train_parser(description=""):
     flag("--output-dir", metavar="DIR", help=text)
     text = "resume from a run directory, by default the latest unfinished run"
     flag("--resume", nargs="?", const="", metavar="PATH", help=text)
-    flag("--eval-only", action="store_true", help="with --resume: evaluate, do not train")
+    text = "with --resume: evaluate a run, by default the latest; do not train"
+    flag("--eval-only", action="store_true", help=text)
     flag("--dry-run", action="store_true", help="smoke test: a few batches end to end")
     flag("-q", "--quiet", action="store_true", help="print only the result")
     return parser

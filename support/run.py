@@ -211,6 +211,8 @@ class Run:
 
     def report(self, predictions):
         """Print the results of predictions by split."""
+        if not self.args.quiet:
+            log(f"run      {self.args.resume}, epoch {len(self.history)}")
         for split, part in predictions.items():
             log(metrics.result_line(split, part.metrics(), self.info["note"]))
         return 0

@@ -307,7 +307,7 @@ def test_every_recipe_has_feature_maps(recipe, monkeypatch):
     for _ in range(2):  # the second record has only its own maps
         stages = network.predict(drawing(7), 0)["stages"]
     convolutions = [p for p in model.members[0].encoder.parameters() if p.ndim == 4]
-    assert 2 <= len(stages) <= len(convolutions)
+    assert min(2, len(convolutions)) <= len(stages) <= len(convolutions)
     for stage in stages:
         channels, height, width = stage["shape"]
         assert len(base64.b64decode(stage["maps"])) == min(channels, 16) * height * width

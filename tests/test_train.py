@@ -99,7 +99,8 @@ def test_a_run_finds_its_data_from_another_directory_or_is_told_where_it_is(
     (workdir / "elsewhere").mkdir()
     monkeypatch.chdir(workdir / "elsewhere")
     result = job("--resume", "../run", "--eval-only")
-    assert result[::2] == (0, "") and result[1].startswith("result   test: digit ")
+    assert result[::2] == (0, "")
+    assert result[1].startswith("run      ../run/last.pt, epoch 1\nresult   test: digit ")
     (workdir / "data").rename("moved")
     assert job("--resume", "../run", "--eval-only", "--data-dir", "moved") == result
     status, out, err = job("--resume", "../run", "--eval-only")
