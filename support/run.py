@@ -45,8 +45,9 @@ def start(argv, description, recipes):
     checkpoint = checkpoints.load_checkpoint(path)
     if path.name != LAST and not args.eval_only:
         raise UserError(f"only {LAST} of a run can be resumed; see --eval-only for others", 2)
-    if not args.resume:  # the command to resume names the run; the last --resume counts
-        argv = [*argv, "--resume", str(path.parent)]
+    if not args.resume:  # the command to resume names the run; a shell may pass --resume ""
+        words = (word for word in argv if word not in ("--resume", ""))
+        argv = [*words, "--resume", str(path.parent)]
     args = parse_train_args(argv, description, checkpoint["flags"])
     args.resume = str(path)
     return args, checkpoint

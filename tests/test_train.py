@@ -357,6 +357,10 @@ def test_bare_resume_continues_the_latest_unfinished_run(job, monkeypatch):
         os.utime(f"runs/{name}/last.pt", (i, i))
     quiet = job("--resume", "", "--eval-only")  # what a shell makes of "$RUN" if it is not set
     assert quiet[0] == 0 and quiet[1] == job("--resume", "runs/finished", "--eval-only")[1]
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, train, "train_epoch")
+        out = job("--resume", "")[1]
+    assert out.endswith("\nresume   python train.py --resume runs/unfinished\n")
     assert "saved    runs/unfinished\n" in job("--resume")[1]
     status, out, err = job("--resume")
     assert (status, out) == (1, "") and one_line(err)
