@@ -119,6 +119,7 @@ def main(argv, recipes=RECIPES):
         return run.report(evaluate_all(model, eval_sets, autocast))
     with run:
         replicas = [replicate(member) for member in model.members]
+        predictions = None
         for epoch in run.epochs_left():
             augment = epoch <= recipe.epochs - recipe.clean_epochs
             steps = 0  # becomes the sum over the members of an ensemble: float64 (S, 7)
@@ -128,8 +129,9 @@ def main(argv, recipes=RECIPES):
                     replica, optimizer, train_set, recipe, epoch, autocast, run.progress
                 )
             run.progress.set_postfix_str("evaluating")
-            run.save_epoch(epoch, steps, evaluate_all(model, eval_sets, autocast))
-        run.finish(run.predictions or evaluate_all(model, eval_sets, autocast))
+            predictions = evaluate_all(model, eval_sets, autocast)
+            run.save_epoch(epoch, steps, predictions)
+        run.finish(predictions or evaluate_all(model, eval_sets, autocast))
     return run.status
 
 
