@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from support import distributed
-from support.augment import affine_matrices, generator, warp
-from support.console import warn
-from support.constants import MEAN, NUM_DIGITS, SIDE, STD
-from support.errors import UserError
-from support.files import lock_directory
-from support.synthetic import synthetic_mnist
+from training import distributed
+from training.augment import affine_matrices, generator, warp
+from training.console import warn
+from training.constants import MEAN, NUM_DIGITS, SIDE, STD
+from training.errors import UserError
+from training.files import lock_directory
+from training.synthetic import synthetic_mnist
 
 # Digests of the unpacked files: torchvision checks only what it downloads.
 SHA256 = {

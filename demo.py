@@ -21,14 +21,14 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
-from inference.handwriting import prepare
-from inference.picture import read_picture
-from inference.predictor import UNSURE, Predictor, load_model, predict
+from handwriting.picture import read_picture
+from handwriting.predictor import UNSURE, Predictor, load_model, predict
+from handwriting.prepare import prepare
 from recipes import RECIPES
-from support.checkpoint import find_checkpoint, latest_runs, training_caveat
-from support.cli import Parser, exit_status, number
-from support.console import log, warn
-from support.errors import UserError
+from training.checkpoint import find_checkpoint, latest_runs, training_caveat
+from training.cli import Parser, exit_status, number
+from training.console import log, warn
+from training.errors import UserError
 
 ROOT = Path(__file__).parent
 PRETRAINED = ROOT / "results" / "tiny.pt"
@@ -138,7 +138,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.headers.get("Host") not in self.server.hosts or self.path != "/":
             return self.send_error(403 if self.path == "/" else 404)
-        nonce, page = secrets.token_urlsafe(), (ROOT / "inference" / "page.html").read_text("utf-8")
+        nonce, page = (
+            secrets.token_urlsafe(),
+            (ROOT / "handwriting/page.html").read_text("utf-8"),
+        )
         networks = json.dumps([network.texts for network in self.server.networks])
         page = page.replace("{{nonce}}", nonce).replace("{{networks}}", html.escape(networks))
         self.reply("text/html; charset=utf-8", page, POLICY.format(nonce))

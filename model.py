@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.constants import NUM_DIGITS, NUM_SUMS, SIDE
+from training.constants import NUM_DIGITS, NUM_SUMS, SIDE
 
 
 class TwoHeadedNet(nn.Module):

@@ -12,15 +12,15 @@ from glob import escape, glob
 from mimetypes import guess_type
 from pathlib import Path
 
-from inference.export import FORMATS, export
-from inference.handwriting import NO_INK, prepare, upright
-from inference.picture import read_picture
-from inference.predictor import Predictor, load_model, predict
-from support.checkpoint import training_caveat
-from support.cli import Parser, exit_status
-from support.console import log, warn
-from support.errors import UserError
-from support.files import write_atomic
+from handwriting.export import FORMATS, export
+from handwriting.picture import read_picture
+from handwriting.predictor import Predictor, load_model, predict
+from handwriting.prepare import NO_INK, prepare, upright
+from training.checkpoint import training_caveat
+from training.cli import Parser, exit_status
+from training.console import log, warn
+from training.errors import UserError
+from training.files import write_atomic
 
 MAX_PLOTTED = 20  # images
 
@@ -105,7 +105,7 @@ def main(argv):
     if args.json:
         print(json.dumps(records, indent=2), flush=True)
     if plotted:
-        from support import plots  # matplotlib is slow to import
+        from training import plots  # matplotlib is slow to import
 
         figure = plots.prediction_figure(plotted)
         write_atomic(args.save_picture, plots.as_png(figure))

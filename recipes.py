@@ -9,9 +9,9 @@ from torch import nn
 
 from model import LowRankProduct, OuterProduct, shallow, standard, tiny
 from published import models as published
-from support.augment import Affine
-from support.constants import MEAN, STD
-from support.errors import UserError
+from training.augment import Affine
+from training.constants import MEAN, STD
+from training.errors import UserError
 
 
 def constant(step, total_steps):

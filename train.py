@@ -28,7 +28,7 @@ import sys
 import time
 from functools import partial
 
-from support.cli import UserError, exit_status, parse_train_args
+from training.cli import UserError, exit_status, parse_train_args
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     parse_train_args(["--help"], __doc__)  # exits, without the seconds that importing torch takes
@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from dataset import MNISTSum, load_data, split_indices
 from model import build_model
 from recipes import RECIPES, recipe_from_args
-from support.device import broadcast_buffers, move_model, pick_device, replicate
-from support.metrics import Predictions, step_metrics
-from support.run import Run, start
+from training.device import broadcast_buffers, move_model, pick_device, replicate
+from training.metrics import Predictions, step_metrics
+from training.run import Run, start
 
 EVAL_BATCH = 500  # images, each evaluated with all ten addends
 DRY_RUN_BATCHES, DRY_RUN_IMAGES = 3, 200  # at most

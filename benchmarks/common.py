@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import build_model
-from support.checkpoint import RUNS
-from support.constants import NUM_DIGITS, SIDE
-from support.files import write_atomic
+from training.checkpoint import RUNS
+from training.constants import NUM_DIGITS, SIDE
+from training.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = RUNS / "benchmarks"

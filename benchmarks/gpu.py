@@ -24,9 +24,9 @@ from benchmarks.common import BENCHMARKS, multiply_adds, provenance, save_json, 
 from dataset import MNISTSum, load_data
 from model import build_model
 from recipes import RECIPES, recipe_from_args
-from support.checkpoint import LAST, load_checkpoint
-from support.cli import Parser, exit_status, number, parse_train_args
-from support.device import move_model, pick_device
+from training.checkpoint import LAST, load_checkpoint
+from training.cli import Parser, exit_status, number, parse_train_args
+from training.device import move_model, pick_device
 
 NAMES = ("default", "fast", "tiny", "concat-mlp")
 

@@ -18,10 +18,10 @@ from benchmarks.drawings import DRAWINGS, drawing
 from benchmarks.scenes import SCENES
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
-from inference.handwriting import Prepared, prepare
-from inference.predictor import Predictor, load_model, predict
-from support.cli import Parser, exit_status, number
-from support.constants import SIDE
+from handwriting.predictor import Predictor, load_model, predict
+from handwriting.prepare import Prepared, prepare
+from training.cli import Parser, exit_status, number
+from training.constants import SIDE
 
 KINDS = (*DAMAGES, *DRAWINGS, *SCENES)
 

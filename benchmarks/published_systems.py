@@ -17,10 +17,10 @@ from typing import NamedTuple
 from benchmarks.common import ROOT, training_flops
 from model import build_model
 from recipes import RECIPES, constant
-from support import plots
-from support.cli import Parser, exit_status
-from support.errors import UserError
-from support.files import write_atomic
+from training import plots
+from training.cli import Parser, exit_status
+from training.errors import UserError
+from training.files import write_atomic
 
 PUBLISHED = ROOT / "published" / "results"
 DEFAULT = ROOT / "results" / "default.json"

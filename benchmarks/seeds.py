@@ -39,16 +39,18 @@ from benchmarks.common import (
 from dataset import load_data
 from model import build_model
 from recipes import RECIPES, recipe_from_args
-from support import plots
-from support.augment import Affine
-from support.checkpoint import LAST
-from support.cli import Parser, exit_status, number, parse_train_args, train_parser
-from support.device import pick_device
-from support.errors import UserError
+from training import plots
+from training.augment import Affine
+from training.checkpoint import LAST
+from training.cli import Parser, exit_status, number, parse_train_args, train_parser
+from training.device import pick_device
+from training.errors import UserError
 
 # The program's modules, as far as they are imported here: what the result of a run depends on.
 FILES = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
-CODE = sorted(path for path in FILES if path.parent in (ROOT, ROOT / "support", ROOT / "published"))
+CODE = sorted(
+    path for path in FILES if path.parent in (ROOT, ROOT / "training", ROOT / "published")
+)
 OUTPUTS = ("digit", "sum", "both")  # "both": digit and sum of a pair are correct
 # Ranges of the recipe's numbers that have no flag in train.py.
 RANGES = {"loss_weight": number(float, 0, 100), "label_smoothing": number(float, 0, 0.9)}

@@ -38,9 +38,9 @@ from benchmarks.common import (
     train_flag,
 )
 from recipes import RECIPES
-from support.cli import Parser, exit_status, number, parse_train_args
-from support.device import pick_device
-from support.errors import UserError
+from training.cli import Parser, exit_status, number, parse_train_args
+from training.device import pick_device
+from training.errors import UserError
 
 TARGET = 0.99  # test accuracy of both outputs
 ACCURACIES = ("digit_accuracy", "sum_accuracy")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Logits, digit_layer
-from support.constants import NUM_DIGITS, NUM_SUMS
+from training.constants import NUM_DIGITS, NUM_SUMS
 
 
 def stack(layer, *sizes, **options):

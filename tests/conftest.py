@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import support  # noqa: F401 (sets environment variables that torch reads when it starts)
+import training  # noqa: F401 (sets environment variables that torch reads when it starts)
 
 # isort: split
 import torch
@@ -28,8 +28,8 @@ from torchvision.datasets import MNIST
 import dataset
 import train
 from recipes import RECIPES
-from support import plots
-from support.synthetic import synthetic_mnist
+from training import plots
+from training.synthetic import synthetic_mnist
 
 TRAIN_IMAGES, TEST_IMAGES = 600, 200
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import dataset
 import train
-from support import plots
+from training import plots
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import common, gpu, seeds, speed
 from model import build_model
 from recipes import RECIPES
-from support.constants import NUM_DIGITS, SIDE
+from training.constants import NUM_DIGITS, SIDE
 
 # Multiply-adds by hand: each output of a layer times the inputs that it is computed from.
 HEAD = 100 * 19
@@ -91,7 +91,7 @@ def test_an_ablation_compares_equal_seeds_and_resumes(workdir, monkeypatch, caps
 
 def test_runs_of_other_code_are_kept_apart(workdir, monkeypatch):
     names = {path.relative_to(ROOT).as_posix() for path in seeds.CODE}
-    assert names >= {"train.py", "recipes.py", "support/augment.py", "published/models.py"}
+    assert names >= {"train.py", "recipes.py", "training/augment.py", "published/models.py"}
     assert "benchmarks/seeds.py" not in names
     recipe, file = RECIPES["fast"], workdir / "train.py"
     monkeypatch.setattr(seeds, "CODE", [file])

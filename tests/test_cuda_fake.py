@@ -16,10 +16,10 @@ from torch._subclasses import FakeTensorMode
 import train
 from model import build_model
 from recipes import RECIPES
-from support import checkpoint as checkpoints
-from support import metrics, plots
-from support.metrics import TRAIN_METRICS
-from support.run import Run
+from training import checkpoint as checkpoints
+from training import metrics, plots
+from training.metrics import TRAIN_METRICS
+from training.run import Run
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is None or torch.__version__ < "2.11",

@@ -10,10 +10,10 @@ from torch.utils.data import BatchSampler, DataLoader
 from torchvision.transforms.functional import InterpolationMode, affine
 
 from dataset import MNISTSum, load_data, split_indices
-from support import distributed
-from support.augment import Affine, affine_matrices, generator, warp
-from support.errors import UserError
-from support.synthetic import synthetic_mnist
+from training import distributed
+from training.augment import Affine, affine_matrices, generator, warp
+from training.errors import UserError
+from training.synthetic import synthetic_mnist
 
 AFFINE = Affine(10, 0.1, 0.1, 10)
 

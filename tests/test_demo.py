@@ -26,8 +26,8 @@ from torch import nn
 import demo
 import predict
 import train
-from inference import predictor
-from inference.handwriting import NO_INK
+from handwriting import predictor
+from handwriting.prepare import NO_INK
 from model import build_model
 from recipes import RECIPES
 

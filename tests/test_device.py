@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import distributed
-from support.device import has_fast_bf16, pick_device
-from support.errors import UserError
+from training import distributed
+from training.device import has_fast_bf16, pick_device
+from training.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 ZEROS = torch.zeros

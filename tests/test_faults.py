@@ -32,8 +32,8 @@ import dataset
 import train
 from model import build_model
 from recipes import RECIPES
-from support import files, run
-from support.checkpoint import LAST, load_checkpoint
+from training import files, run
+from training.checkpoint import LAST, load_checkpoint
 
 resource = pytest.importorskip("resource", reason="this system has no resource limits")
 

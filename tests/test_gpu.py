@@ -12,9 +12,9 @@ import train
 from dataset import MNISTSum
 from model import build_model
 from recipes import RECIPES
-from support.checkpoint import load_checkpoint
-from support.device import move_model, pick_device
-from support.synthetic import synthetic_mnist
+from training.checkpoint import load_checkpoint
+from training.device import move_model, pick_device
+from training.synthetic import synthetic_mnist
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 

@@ -14,11 +14,11 @@ from benchmarks.photographs import make_pictures
 from benchmarks.scenes import SCENES
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
-from inference import handwriting
-from inference.handwriting import CUT, NO_INK, SEVERAL, as_mnist, prepare
-from inference.picture import read_picture
-from support.errors import UserError
-from support.synthetic import synthetic_mnist
+from handwriting import handwriting
+from handwriting.picture import read_picture
+from handwriting.prepare import CUT, NO_INK, SEVERAL, as_mnist, prepare
+from training.errors import UserError
+from training.synthetic import synthetic_mnist
 
 NEEDS_MNIST = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR is not set")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.metrics import CURVE_POINTS, Predictions, epoch_metrics
+from training.metrics import CURVE_POINTS, Predictions, epoch_metrics
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 
 import dataset
 from dataset import load_data
-from support.errors import UserError
-from support.synthetic import synthetic_mnist
+from training.errors import UserError
+from training.synthetic import synthetic_mnist
 
 
 def test_unpacked_and_packed_files_are_read(data_dir, idx_files, capsys):

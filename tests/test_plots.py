@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
-from support import plots
-from support.metrics import Predictions
+from training import plots
+from training.metrics import Predictions
 
 TITLE = "default, seed 0, epoch 1 of 1 (synthetic digits, NOT MNIST)"
 SPLITS = {"train": ("digit", "sum"), "test": ("digit", "sum", "both")}
@@ -109,7 +109,7 @@ def test_each_row_of_a_prediction_has_its_title():
 LATE_IMPORTS = """
 import sys
 from matplotlib.figure import Figure
-from support import plots
+from training import plots
 
 before = set(sys.modules)
 plots.as_png(Figure())

@@ -23,11 +23,11 @@ from PIL import Image
 
 import predict
 import train
-from inference import export
-from inference.handwriting import NO_INK, prepare
-from inference.predictor import Predictor, load_model
-from support import plots
-from support.synthetic import synthetic_mnist
+from handwriting import export
+from handwriting.predictor import Predictor, load_model
+from handwriting.prepare import NO_INK, prepare
+from training import plots
+from training.synthetic import synthetic_mnist
 
 
 def prepared_digits(split, count):

@@ -10,7 +10,7 @@ from unittest.mock import ANY
 import pytest
 from conftest import ROOT
 
-from inference.predictor import load_model
+from handwriting.predictor import load_model
 from recipes import RECIPES
 
 PATH = ROOT / "results" / "tiny.pt"

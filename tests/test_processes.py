@@ -15,11 +15,11 @@ from test_train import read_json, rows, weights
 
 import dataset
 import train
-from inference.predictor import load_model
+from handwriting.predictor import load_model
 from recipes import RECIPES
-from support import device
-from support.errors import UserError
-from support.synthetic import synthetic_mnist
+from training import device
+from training.errors import UserError
+from training.synthetic import synthetic_mnist
 
 IMAGES = {"train": 28, "test": 11}  # the second process evaluates fewer than the first
 FLAGS = "--recipe toy --batch-size 12 --precision fp32 --device cpu".split()

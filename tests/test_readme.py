@@ -18,7 +18,7 @@ import recipes
 import train
 from benchmarks import gpu, photographs, published_systems, seeds, speed
 from recipes import RECIPES
-from support.cli import Parser, train_parser
+from training.cli import Parser, train_parser
 
 DOCS = {
     name: (ROOT / name).read_text()

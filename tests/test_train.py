@@ -27,11 +27,11 @@ from PIL import Image
 
 import dataset
 import train
-from inference.predictor import load_model
+from handwriting.predictor import load_model
 from recipes import RECIPES
-from support import device, metrics, plots
-from support.augment import Affine
-from support.synthetic import synthetic_mnist
+from training import device, metrics, plots
+from training.augment import Affine
+from training.synthetic import synthetic_mnist
 
 PLOTS = "loss accuracy addition confusion_matrix predictions mistakes".split()
 PLOTS = [f"{name}.png" for name in PLOTS]

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 import train
 from dataset import MNISTSum
-from inference.predictor import load_model
+from handwriting.predictor import load_model
 from model import build_model
 from published.models import ConcatMLP
 from recipes import RECIPES, Recipe, constant
-from support.errors import UserError
-from support.synthetic import synthetic_mnist
+from training.errors import UserError
+from training.synthetic import synthetic_mnist
 
 PROGRESS = SimpleNamespace(update=lambda: None)
 FP32 = partial(torch.autocast, "cpu", enabled=False)

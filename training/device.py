@@ -8,9 +8,9 @@ import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from support import distributed
-from support.console import warn
-from support.errors import UserError
+from training import distributed
+from training.console import warn
+from training.errors import UserError
 
 
 def pick_device(args):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint import training_caveat
-from support.console import printable
-from support.constants import SIDE
-from support.errors import UserError
-from support.files import write_atomic
+from training.checkpoint import training_caveat
+from training.console import printable
+from training.constants import SIDE
+from training.errors import UserError
+from training.files import write_atomic
 
 PT2_CODE = """import torch
 model = torch.export.load({name!r}).module()

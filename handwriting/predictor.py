@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from inference.handwriting import NO_INK
+from handwriting.prepare import NO_INK
 from model import build_model
 from recipes import RECIPES
-from support.checkpoint import load_checkpoint, restore
-from support.constants import NUM_DIGITS, SIDE
-from support.errors import UserError
+from training.checkpoint import load_checkpoint, restore
+from training.constants import NUM_DIGITS, SIDE
+from training.errors import UserError
 
 UNSURE = 0.65  # warn if the digit is less probable than this
 

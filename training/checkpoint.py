@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from support.cli import TRANSIENT, train_parser
-from support.console import warn
-from support.errors import UserError
+from training.cli import TRANSIENT, train_parser
+from training.console import warn
+from training.errors import UserError
 
 RUNS = Path("runs")
 LAST = "last.pt"

@@ -2,7 +2,7 @@
 
 import sys
 
-from support import distributed
+from training import distributed
 
 
 def log(text, stream="stdout"):

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import checkpoint as checkpoints
-from support import distributed, metrics, plots
-from support.checkpoint import LAST, RUNS, training_caveat
-from support.cli import TRANSIENT, interrupt_status, parse_train_args
-from support.console import log, printable, warn
-from support.constants import DISPUTED
-from support.errors import DivergedError, UserError
-from support.files import lock_directory, write_atomic
+from training import checkpoint as checkpoints
+from training import distributed, metrics, plots
+from training.checkpoint import LAST, RUNS, training_caveat
+from training.cli import TRANSIENT, interrupt_status, parse_train_args
+from training.console import log, printable, warn
+from training.constants import DISPUTED
+from training.errors import DivergedError, UserError
+from training.files import lock_directory, write_atomic
 
 BEST, LOG = "best.pt", "log.txt"
 

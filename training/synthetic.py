@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from support.augment import Affine, affine_matrices, generator, warp
-from support.constants import NUM_DIGITS, SIDE
+from training.augment import Affine, affine_matrices, generator, warp
+from training.constants import NUM_DIGITS, SIDE
 
 WARP = Affine(degrees=15, translate=0.08, scale=0.2, shear=20)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from support import distributed
-from support.constants import NUM_DIGITS, NUM_SUMS
+from training import distributed
+from training.constants import NUM_DIGITS, NUM_SUMS
 
 CURVE_POINTS = 20  # of the training loss, per epoch
 MISTAKE_COLUMNS = ("index", "label", "prediction", "confidence", "disputed")  # of mistakes.csv

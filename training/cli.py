@@ -9,7 +9,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from support.errors import UserError
+from training.errors import UserError
 
 TRANSIENT = {"command", "resume", "eval_only", "quiet", "output_dir"}  # not stored with the run
 MAY_CHANGE = {"epochs", "device", "precision", "data_dir"}  # when a run is resumed
@@ -122,8 +122,8 @@ def exit_status(main):
 
     SIGTERM and SIGHUP raise KeyboardInterrupt like SIGINT, unless they are ignored (nohup).
     """
-    from support import distributed  # not at the top: --help should not wait for torch
-    from support.console import printable
+    from training import distributed  # not at the top: --help should not wait for torch
+    from training.console import printable
 
     @functools.wraps(main)
     def wrapper(argv=None, **options):

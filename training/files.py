@@ -4,8 +4,8 @@ import errno
 import os
 from contextlib import ExitStack, contextmanager, suppress
 
-from support.console import warn
-from support.errors import UserError
+from training.console import warn
+from training.errors import UserError
 
 
 @contextmanager

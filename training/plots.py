@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from support.constants import NUM_DIGITS, NUM_SUMS
+from training.constants import NUM_DIGITS, NUM_SUMS
 
 COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 8, 24, 24  # of the plots made of images
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
