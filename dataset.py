@@ -5,36 +5,26 @@ separate generators: they do not depend on the batch size, the device or the num
 and a resumed run needs no saved generator state.
 """
 
-import gzip
+import contextlib
 import hashlib
 import http.client
-import os
+import io
+import math
 import socket
-import zlib
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from training import distributed
-from training.augment import affine_matrices, generator, warp
-from training.console import warn
-from training.constants import MEAN, NUM_DIGITS, SIDE, STD
-from training.errors import UserError
-from training.files import lock_directory
-from training.synthetic import synthetic_mnist
+from training.console import UserError, rank, warn
+from training.processes import from_rank_0, world_size
 
-# Digests of the unpacked files: torchvision checks only what it downloads.
-SHA256 = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-RAW = Path("MNIST", "raw")  # torchvision's folder for them, in the data directory
+NUM_DIGITS, NUM_SUMS, SIDE = 10, 19, 28
+MEAN, STD = 0.1307, 0.3081  # of the pixels of the training set, scaled to 0..1
+# Of the tensors of both sets: torchvision checks only what it downloads.
+SHA256 = "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"
 DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 
 
@@ -49,44 +39,53 @@ class MNISTSum(Dataset):
         total   int64   12
 
     The images stay on `device` as uint8, and batches are sliced from them there. `set_epoch` draws
-    the addends of an epoch, new ones if `addends` is "each-epoch", the same ones if it is "once",
-    and its augmentation, within the limits `affine`. `mnist` is torchvision's MNIST, or any object
-    with the same `data`, uint8 (N, 28, 28), and `targets`, int64 (N,); `indices`, int64 (n,), are
-    the images to use.
+    the addends and the augmentation of an epoch.
+
+    Args:
+        mnist: torchvision's MNIST, or any object with `data`, uint8 (N, 28, 28), and `targets`,
+            int64 (N,).
+        indices: int64 (n,), the images to use; all by default.
+        addends: when they are drawn, "each-epoch" or "once".
+        unseen: bool (10, 10) for digit and addend, the pairs that must not occur.
+        affine: the limits of `affine_matrices`, or None.
     """
 
     def __init__(
-        self, mnist, split, indices=None, *, seed=0, addends="each-epoch", affine=None,
+        self, mnist, split, indices=None, *, seed=0, addends="each-epoch", unseen=None, affine=None,
         mean=MEAN, std=STD, device="cpu",
     ):  # fmt: skip
-        self.num_images = len(mnist.data)
-        self.indices = torch.arange(self.num_images) if indices is None else indices
+        if mnist.data.dtype != torch.uint8 or mnist.data.shape[1:] != (SIDE, SIDE):
+            raise ValueError("images must be uint8 (N, 28, 28), 0 to 255")
+        if mnist.targets.shape != mnist.data.shape[:1]:
+            raise ValueError("targets must be int64 (N,), one for each image")
+        self.labels = mnist.targets  # of all images
+        self.indices = torch.arange(len(self.labels)) if indices is None else indices
         self.images = mnist.data[self.indices].to(device)  # (n, 28, 28)
         self.digits = mnist.targets[self.indices].to(device)  # (n,)
         self.split, self.seed, self.redraw_addends = split, seed, addends == "each-epoch"
-        self.affine, self.mean, self.std, self.device = affine, mean, std, torch.device(device)
+        self.unseen, self.affine = unseen, affine
+        self.mean, self.std, self.device = mean, std, torch.device(device)
         self.set_epoch(1)
 
-    def set_epoch(self, epoch, member=0, augment=True):
-        """Draw the addends of an epoch, counted from 1, and its augmentation if `augment`.
+    def set_epoch(self, epoch):
+        """Draw the addends and the augmentation of an epoch, counted from 1.
 
-        Each member of an ensemble has its own. Has no effect on the workers of a DataLoader with
-        `persistent_workers=True`.
+        Has no effect on the workers of a DataLoader with `persistent_workers=True`.
         """
-        split = f"{self.split}-{member}" if member else self.split
-        self.key = self.seed, split, epoch
+        self.key = self.seed, self.split, epoch
         # Drawn for all images, not only for `indices`, so that --val-size does not change them.
-        rng = generator(self.seed, split, epoch if self.redraw_addends else "once", "addends")
-        addends = torch.randint(NUM_DIGITS, (self.num_images,), generator=rng)
+        rng = generator(self.seed, self.split, epoch if self.redraw_addends else "once", "addends")
+        if self.unseen is None:
+            addends = torch.randint(NUM_DIGITS, self.labels.shape, generator=rng)
+        else:  # uniformly from the addends that the digit may occur with
+            weights = (~self.unseen).float()[self.labels]
+            addends = torch.multinomial(weights, 1, generator=rng).squeeze(1)
         self.addends = addends[self.indices].to(self.device)  # (n,)
         self.matrices = None
-        if self.affine and augment:
-            matrices = affine_matrices(self.num_images, self.affine, generator(*self.key, "affine"))
+        if self.affine:
+            rng = generator(*self.key, "affine")
+            matrices = affine_matrices(len(self.labels), rng, *self.affine)
             self.matrices = matrices[self.indices].to(self.device)  # (n, 2, 3)
-
-    def order(self):
-        """The shuffled order of the epoch: int64 (n,) on the device."""
-        return torch.randperm(len(self), generator=generator(*self.key, "order")).to(self.device)
 
     def batches(self, batch_size, drop_last=False):
         """This process's share of each batch of the epoch, as a list of indices, int64 (B,).
@@ -95,30 +94,27 @@ class MNISTSum(Dataset):
         one; too few images at the end of the epoch are left out. Raises UserError if a full batch
         cannot be shared like that, or there is none.
         """
-        rank, world_size = distributed.rank(), distributed.world_size()
-        least = 2 * world_size
-        if batch_size % world_size or batch_size < least:
-            raise UserError(f"--batch-size must be a multiple of {world_size}, at least {least}", 2)
-        batches = list(self.order().split(batch_size))
+        least = 2 * world_size()
+        if batch_size % world_size() or batch_size < least:
+            message = f"--batch-size must be a multiple of {world_size()}, at least {least}"
+            raise UserError(message, status=2)
+        order = torch.randperm(len(self), generator=generator(*self.key, "order"))
+        batches = list(order.to(self.device).split(batch_size))
         if len(batches[-1]) < (batch_size if drop_last else least):
             batches.pop()
         if not batches:
-            raise UserError(f"only {len(self)} training images for --batch-size {batch_size}", 2)
-        return [batch[rank::world_size][: len(batch) // world_size] for batch in batches]
+            message = f"only {len(self)} training images for --batch-size {batch_size}"
+            raise UserError(message, status=2)
+        return [batch[rank() :: world_size()][: len(batch) // world_size()] for batch in batches]
 
     def share(self):
         """This process's images for evaluation: int64 (n,) on the device."""
-        indices = torch.arange(len(self), device=self.device)
-        return indices[distributed.rank() :: distributed.world_size()]
-
-    def process_seed(self):
-        """A seed for what the network itself draws in the epoch; each process has its own."""
-        return generator(*self.key, "network", distributed.rank()).initial_seed()
+        return torch.arange(len(self), device=self.device)[rank() :: world_size()]
 
     def normalized(self, indices, matrices=None):
-        """The images as model input: float32 (B, 1, 28, 28)."""
+        """The images as model input, transformed by the matrices: float32 (B, 1, 28, 28)."""
         images = self.images[indices].unsqueeze(1).float()
-        if matrices is not None and len(images):  # affine_grid does not accept an empty batch
+        if matrices is not None:
             images = warp(images, matrices[indices])
         return images.sub_(255 * self.mean).div_(255 * self.std)
 
@@ -145,85 +141,110 @@ def split_indices(count, val_size, seed):
     return shuffled[val_size:].sort().values, shuffled[:val_size].sort().values
 
 
+def draw_unseen(count, seed):
+    """Draw pairs of digit and addend that training must not show: bool (10, 10), `count` True.
+
+    Each digit, each addend and each sum still occurs in the others. None if count is 0.
+    """
+    digit, addend = torch.cartesian_prod(*2 * [torch.arange(NUM_DIGITS)]).unbind(1)  # (100,) each
+    rng = generator(seed, "unseen pairs")
+    while count:
+        unseen, seen = torch.randperm(len(digit), generator=rng).tensor_split([count])
+        occurring = [len(values[seen].unique()) for values in (digit, addend, digit + addend)]
+        if occurring == [NUM_DIGITS, NUM_DIGITS, NUM_SUMS]:
+            return torch.zeros(len(digit)).bool().index_fill(0, unseen, True).view(NUM_DIGITS, -1)
+
+
+def generator(*key):
+    """A CPU generator seeded with a hash of the key: `generator(seed, split, epoch, "order")`."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def affine_matrices(count, rng, rotate, translate, scale, shear):
+    """Random matrices for `warp`, float32 (count, 2, 3), as of torchvision's RandomAffine.
+
+    The limits are degrees of rotation, a fraction of the side to shift by, a fraction by which each
+    side becomes longer or shorter, and degrees of shear.
+    """
+    angle, slant, scale_x, scale_y, shift_x, shift_y = torch.rand(6, count, generator=rng) * 2 - 1
+    angle = angle * math.radians(rotate)
+    slant = torch.tan(slant * math.radians(shear))
+    scale_x, scale_y = 1 + scale_x * scale, 1 + scale_y * scale
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # rotation @ shear @ scale; affine_grid measures shifts in half sides
+    x = [cos * scale_x, (cos * slant - sin) * scale_y, 2 * translate * shift_x]
+    y = [sin * scale_x, (sin * slant + cos) * scale_y, 2 * translate * shift_y]
+    return torch.stack([torch.stack(x, dim=1), torch.stack(y, dim=1)], dim=1)
+
+
+def warp(images, matrices):
+    """Warp float images (B, 1, H, W) by matrices (B, 2, 3) from output to input coordinates."""
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
 def load_data(name, data_dir):
     """Load "mnist" or "synthetic" digits; "auto" is MNIST, or synthetic if it is unavailable.
 
     Returns an object with their `name` and the sets `train` and `test`, each with `data`, uint8
-    (N, 28, 28), and `targets`, int64 (N,). Rank 0 decides for all processes. Raises UserError if
-    "mnist" is unavailable, or damaged.
+    (N, 28, 28), and `targets`, int64 (N,). Rank 0 downloads and decides for all processes. Raises
+    UserError if "mnist" is unavailable, or damaged.
     """
-    if name != "synthetic":
-        try:
-            if not all(find_file(data_dir, file) for file in SHA256):
-                download(data_dir)
-        except ConnectionError as error:
-            instruction = f"place {', '.join(SHA256)} in {data_dir}"
-            if name == "mnist":
-                raise UserError(f"{error}; {instruction}") from error
-            warn(f"warning: {error}")
-            warn(instruction)
-            warn("training on synthetic digits, NOT MNIST")
-            name = "synthetic"
-    if distributed.from_rank_0(lambda: name) == "synthetic":
-        train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
-        return SimpleNamespace(name="synthetic", train=train, test=test)
-    train, test = read_mnist(data_dir, "train"), read_mnist(data_dir, "t10k")
-    return SimpleNamespace(name="mnist", train=train, test=test)
+    data_dir = Path(data_dir).expanduser()
+    if from_rank_0(available, name, data_dir) == "mnist":
+        return SimpleNamespace(name="mnist", **read_mnist(data_dir))
+    from synthetic import synthetic_mnist  # not at the top: it imports this module
+
+    train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
+    return SimpleNamespace(name="synthetic", train=train, test=test)
 
 
-def find_file(data_dir, name):
-    """The path of an unpacked or packed file of MNIST, in torchvision's layout or a flatter one."""
-    names = name, name.replace("-idx", ".idx")  # the latter on Yann LeCun's page
-    files = [f"{file}{suffix}" for file in names for suffix in ("", ".gz")]
-    paths = (Path(data_dir, folder, file) for folder in (RAW, "raw", "") for file in files)
-    return next(filter(os.path.lexists, paths), None)
-
-
-def read_mnist(data_dir, prefix):
-    """A set of MNIST, with `data` and `targets` as in torchvision's MNIST."""
-    images = read_verified(data_dir, f"{prefix}-images-idx3-ubyte")
-    labels = read_verified(data_dir, f"{prefix}-labels-idx1-ubyte")
-    data = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, SIDE, SIDE)
-    targets = torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
-    return SimpleNamespace(data=data, targets=targets)
-
-
-def read_verified(data_dir, name):
-    """The unpacked content of a file. Raises UserError if it is missing or damaged."""
-    path = find_file(data_dir, name) or Path(data_dir, RAW, name)
+def available(name, data_dir):
+    """The dataset that `load_data` loads: "mnist", downloaded if it is missing, or "synthetic"."""
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        content = b""
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
-    if hashlib.sha256(content).hexdigest() != SHA256[name]:
-        raise UserError(f"{path} is damaged (wrong SHA-256); delete it to download it again")
-    return bytearray(content)  # torch.frombuffer warns of bytes, which are read-only
+        if name != "synthetic":
+            download(data_dir)
+            return "mnist"
+    except ConnectionError as error:
+        message = f"{error}; put MNIST's four files in {data_dir}/MNIST/raw or pass --data-dir"
+        if name == "mnist":
+            raise UserError(message) from None
+        warn(f"warning: {message}")
+        warn("training on synthetic digits, NOT MNIST")
+    return "synthetic"
 
 
 def download(data_dir):
-    """Download MNIST with torchvision. If it fails, raises ConnectionError and leaves no file."""
+    """Download MNIST with torchvision unless it is there. Raises ConnectionError if that fails."""
     from torchvision.datasets import MNIST  # not at the top: importing it takes a second
 
-    raw = Path(data_dir, RAW)
-    raw.mkdir(parents=True, exist_ok=True)
-    # One process downloads while the others wait.
-    with lock_directory(raw, wait=True), TemporaryDirectory(dir=raw) as temporary:
-        if all(find_file(data_dir, name) for name in SHA256):
-            return
-        warn(f"downloading MNIST to {data_dir}")
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
-        try:
-            MNIST(temporary, download=True)
-            for name in SHA256:
-                read_verified(temporary, name)
-        except (OSError, RuntimeError, http.client.HTTPException, UserError) as error:
-            reason = str(getattr(error, "reason", error)).strip().splitlines()[-1]
-            raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from error
-        finally:
-            socket.setdefaulttimeout(timeout)
-        for name in SHA256:
-            os.replace(Path(temporary, RAW, name), raw / name)
+    if all((data_dir / "MNIST" / "raw" / Path(url).stem).exists() for url, _ in MNIST.resources):
+        return
+    warn(f"downloading MNIST to {data_dir}")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            MNIST(data_dir, download=True)  # prints a progress bar for each file
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_mnist(data_dir):
+    """The training and the test set, as a dict. Raises UserError if they are not MNIST's."""
+    from torchvision.datasets import MNIST
+
+    try:
+        sets = {"train": MNIST(data_dir, train=True), "test": MNIST(data_dir, train=False)}
+    except Exception as error:  # of many types, for damaged files
+        raise UserError(f"MNIST in {data_dir} cannot be read ({error})") from None
+    digest = hashlib.sha256()
+    for tensor in (part for one in sets.values() for part in (one.data, one.targets)):
+        digest.update(tensor.numpy())
+    if digest.hexdigest() != SHA256:
+        raise UserError(f"{data_dir}/MNIST is damaged or not MNIST; delete it to download it again")
+    return sets

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.constants import NUM_DIGITS, NUM_SUMS, SIDE
+from dataset import NUM_DIGITS, NUM_SUMS, SIDE
+from training.console import UserError
 
 
 class TwoHeadedNet(nn.Module):
@@ -21,7 +22,6 @@ class TwoHeadedNet(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.members = [self]  # the networks that are trained; an Ensemble has several
 
     def classify(self, features, addend):
         """Map features (B, F) and one-hot addends (B, 10) to log-probabilities (B, 10), (B, 19).
@@ -42,35 +42,27 @@ class TwoHeadedNet(nn.Module):
         return self.classify(self.encoder(image), addend)
 
 
-class Ensemble(nn.Module):
-    """Networks that are trained separately. Predicts their mean log-probabilities, normalized."""
+def build_model(encoder, head):
+    """Build the network of a recipe, from an encoder function and a head class.
 
-    def __init__(self, members):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def encoder(self, image):
-        """The features of all members, one after the other: (B, M F)."""
-        return torch.cat([member.encoder(image) for member in self.members], dim=1)
-
-    def classify(self, features, addend):
-        parts = zip(self.members, features.chunk(len(self.members), dim=1), strict=True)
-        outputs = zip(*(member.classify(part, addend) for member, part in parts), strict=True)
-        return tuple(F.log_softmax(torch.stack(one).mean(dim=0), dim=1) for one in outputs)
-
-    # The same interface as TwoHeadedNet: training and predictions treat both alike.
-    classify_all = TwoHeadedNet.classify_all
-    forward = TwoHeadedNet.forward
-
-
-def build_model(encoder, head, members=1):
-    """Build the network of a recipe: for each member, from an encoder function and a head class."""
-    if members > 1:
-        return Ensemble([build_model(encoder, head) for _ in range(members)])
+    Raises UserError if the encoder does not return features (B, F).
+    """
     layers = encoder().eval()
     with torch.no_grad():
-        num_features = layers(torch.zeros(1, 1, SIDE, SIDE)).shape[1]
-    return TwoHeadedNet(layers.train(), head(None if isinstance(layers, Logits) else num_features))
+        features = layers(torch.zeros(2, 1, SIDE, SIDE))
+    if features.ndim != 2 or len(features) != 2:
+        shape = tuple(features.shape)
+        raise UserError(f"encoder {encoder.__name__} must return (B, F), not {shape} for B = 2")
+    return TwoHeadedNet(layers.train(), head(features.shape[1]))
+
+
+def probabilities(log_probs, label_smoothing):
+    """Probabilities from log-probabilities (..., C), with label smoothing undone.
+
+    With label smoothing e a network learns (1 - e) p + e / C instead of the probability p.
+    """
+    probs = (log_probs.exp() - label_smoothing / log_probs.shape[-1]).clamp(min=0)
+    return probs / probs.sum(dim=-1, keepdim=True)
 
 
 def conv_norm_relu(in_channels, out_channels, kernel, stride=1, padding=0, pool=1):
@@ -149,13 +141,32 @@ def tiny():
     )
 
 
-class Logits(nn.Sequential):
-    """An encoder that returns the digit logits: `build_model` passes None to its head as F."""
+class ComplexNumbers(nn.Module):
+    """Adds by multiplying complex numbers, because the angles of a product add up.
 
+    One learned table has a vector of complex numbers for each of the numbers 0 to 18, the same for
+    digit, addend and sum. Digit and addend are multiplied, and the logit of a sum is its similarity
+    to the product. For this to be correct, the numbers must lie evenly on circles: then pairs of
+    digit and addend that never occurred in training are added correctly too. After the products
+    of complex embeddings of Trouillon et al. 2016 (arXiv 1606.06357) and the clocks that Nanda et
+    al. 2023 (2301.05217) found in networks that learned to add.
+    """
 
-def digit_layer(num_features):
-    """Features to digit logits; None means that they are the logits."""
-    return nn.Identity() if num_features is None else nn.Linear(num_features, NUM_DIGITS)
+    components = 8
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.digit = nn.Linear(num_features, NUM_DIGITS)
+        # Real and imaginary parts. With larger numbers at the start, it learns pairs by heart.
+        self.numbers = nn.Parameter(0.1 * torch.randn(2, NUM_SUMS, self.components))
+
+    def forward(self, features, addend):
+        digit_logits = self.digit(features)  # (B, 10)
+        real, imag = self.numbers  # (19, C) each
+        a, b = (F.softmax(digit_logits, dim=1) @ part[:NUM_DIGITS] for part in (real, imag))
+        c, d = (addend @ part[:NUM_DIGITS] for part in (real, imag))
+        # (a + bi) (c + di), and its inner product with each number; (B, C), then (B, 19)
+        return digit_logits, 10 * ((a * c - b * d) @ real.T + (a * d + b * c) @ imag.T)
 
 
 class OuterProduct(nn.Module):
@@ -168,7 +179,7 @@ class OuterProduct(nn.Module):
 
     def __init__(self, num_features):
         super().__init__()
-        self.digit = digit_layer(num_features)
+        self.digit = nn.Linear(num_features, NUM_DIGITS)
         self.sum = nn.Linear(NUM_DIGITS * NUM_DIGITS, NUM_SUMS)
 
     def forward(self, features, addend):
@@ -177,25 +188,3 @@ class OuterProduct(nn.Module):
         # Usually only one of the 100 products is large, so each weight gets gradients from few
         # images: the factor 10 speeds up learning.
         return digit_logits, 10 * self.sum(products.flatten(1))
-
-
-class LowRankProduct(nn.Module):
-    """OuterProduct with a quarter of its parameters: products of embeddings instead of all pairs.
-
-    Addition is commutative, so digit and addend share an embedding. A bilinear map of low rank,
-    after Kim et al. 2017 (arXiv 1610.04325).
-    """
-
-    rank = 16
-
-    def __init__(self, num_features):
-        super().__init__()
-        self.digit = digit_layer(num_features)
-        self.embedding = nn.Linear(NUM_DIGITS, self.rank, bias=False)
-        self.sum = nn.Linear(self.rank, NUM_SUMS)
-
-    def forward(self, features, addend):
-        digit_logits = self.digit(features)  # (B, 10)
-        probs = F.softmax(digit_logits, dim=1)
-        products = self.embedding(probs) * self.embedding(addend)  # (B, 16)
-        return digit_logits, 10 * self.sum(products)

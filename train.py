@@ -3,6 +3,7 @@
 python train.py                              # the default recipe
 python train.py --recipe fast                # one epoch, in seconds
 python train.py --epochs 20 --device cuda    # on a GPU; falls back to the CPU
+python train.py --unseen-pairs 50            # half of the pairs of digit and addend left out
 python train.py --resume                     # continue the latest unfinished run
 
 On several GPUs: torchrun --standalone --nproc-per-node 2 train.py
@@ -14,43 +15,53 @@ bf16 (several times as long without it):
   default   20 epochs  99.73 / 99.73 %  3 minutes   best accuracy for its cost
   fast       1 epoch   99.41 / 99.40 %  seconds     two convolutions
   tiny      60 epochs  99.56 / 99.55 %  5 minutes   5,893 parameters
-  ensemble  20 epochs  99.74 / 99.74 %  47 minutes  six networks of default; on one core
 
-Published systems, described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
-shared-trunk-fixed, concat-linear, concat-linear-fixed, added, added-fixed.
+outer-product is default with a head that looks the sums up instead of adding. Published systems,
+described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow, shared-trunk-fixed,
+concat-linear, concat-linear-fixed, added, added-fixed.
 
-In the results, "both" counts pairs of image and addend with digit and sum correct; "consistent"
-those where the predicted sum is the predicted digit plus the addend. The losses that are printed
-and plotted include label smoothing; their minimum is subtracted.
+A loss is the KL divergence from the label, smoothed as in training, to the prediction. In the
+results, "both" counts pairs of image and addend with digit and sum correct; "consistent" those
+where the predicted sum is the predicted digit plus the addend.
 """
 
 import sys
 import time
 from functools import partial
 
-from training.cli import UserError, exit_status, parse_train_args
+import training  # noqa: F401 (first: sets what torch reads from the environment)
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse_train_args(["--help"], __doc__)  # exits, without the seconds that importing torch takes
-
+# isort: split
 import torch
 import torch.nn.functional as F
 
-from dataset import MNISTSum, load_data, split_indices
+from dataset import MNISTSum, draw_unseen, load_data, split_indices
 from model import build_model
-from recipes import RECIPES, recipe_from_args
-from training.device import broadcast_buffers, move_model, pick_device, replicate
-from training.metrics import Predictions, step_metrics
-from training.run import Run, start
+from recipes import RECIPES
+from training.checkpoint import restore, training_caveat
+from training.console import UserError, exit_status, log
+from training.device import move_model, pick_device
+from training.flags import parse_args, saved_flags
+from training.metrics import (
+    Predictions,
+    epoch_line,
+    epoch_row,
+    result_line,
+    step_metrics,
+    train_metrics,
+)
+from training.processes import broadcast_buffers, close, connect, replicate
+from training.recipe import check_same, recipe_from_args
+from training.run import Run
 
 EVAL_BATCH = 500  # images, each evaluated with all ten addends
 DRY_RUN_BATCHES, DRY_RUN_IMAGES = 3, 200  # at most
 
 
 def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
-    """Train for one epoch; returns the `step_metrics` of this process: float64 (S, 7), S steps."""
+    """Train for one epoch; returns the sums of `step_metrics` for each step: float64 (S, 5)."""
     model.train()
-    torch.manual_seed(dataset.process_seed())  # for dropout, if the network has it
+    torch.manual_seed(dataset.seed + epoch)  # for dropout, if the network has it
     batches = dataset.batches(recipe.batch_size, recipe.drop_last)  # this process's share of each
     steps = []
     for step, indices in enumerate(batches, start=(epoch - 1) * len(batches)):
@@ -80,82 +91,107 @@ def smoothed_nll(log_probs, target, smoothing):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, autocast):
-    """Predict each image with all ten addends; returns `metrics.Predictions`, equal on all ranks.
+def evaluate(model, datasets, autocast, *options):
+    """Predict each image of the datasets, a dict by split, with all ten addends.
 
-    The images are divided among the processes, and each image is encoded once.
+    Returns `metrics.Predictions` by split, equal on all ranks; options: its last fields. The images
+    are divided among the processes, and each image is encoded once.
     """
-    start_time = time.perf_counter()
-    model.eval()
-    outputs = []
-    for indices in dataset.share().split(EVAL_BATCH):
-        with autocast():
-            features = model.encoder(dataset.normalized(indices))  # (B, F)
-        outputs.append(model.classify_all(features))  # (B, 10, 10), (B, 10, 19)
-    return Predictions.merged(outputs, dataset.digits, start_time)
-
-
-def evaluate_all(model, datasets, autocast):
-    """`evaluate` on each of the datasets, a dict by split."""
     broadcast_buffers(model)
-    return {split: evaluate(model, dataset, autocast) for split, dataset in datasets.items()}
+    model.eval()
+    predictions = {}
+    for split, dataset in datasets.items():
+        outputs = []
+        for indices in dataset.share().split(EVAL_BATCH):
+            with autocast():
+                features = model.encoder(dataset.normalized(indices))  # (B, F)
+            outputs.append(model.classify_all(features))  # (B, 10, 10), (B, 10, 19)
+        predictions[split] = Predictions.merged(outputs, dataset.digits.cpu(), *options)
+    return predictions
 
 
 @exit_status
 def main(argv, recipes=RECIPES):
     """Parse the flags, start or resume a run, train, report; returns the exit status."""
-    args, checkpoint = start(argv, __doc__, recipes)  # on resume, the flags are those of the run
+    connect()
+    args, checkpoint = parse_args(argv, __doc__, recipes)  # on resume, the flags of the run
     recipe = recipe_from_args(args, recipes)
-    device, autocast = pick_device(args)
+    device, precision = pick_device(args.device, args.precision, args.deterministic)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     data = load_data(args.dataset, args.data_dir)
-    args.dataset = data.name  # saved with the run: resuming must not choose again
-    train_set, eval_sets = make_datasets(data, recipe, args, device)
+    unseen = draw_unseen(recipe.unseen_pairs, args.seed)
+    train_set, eval_sets = make_datasets(data, recipe, unseen, args.seed, args.dry_run, device)
     torch.manual_seed(args.seed)
-    model = move_model(build_model(recipe.encoder, recipe.head, recipe.members), device)
+    model = move_model(build_model(recipe.encoder, recipe.head), device)
     optimizer = make_optimizer(model, recipe)
 
-    run = Run(args, recipe, model, optimizer, train_set, eval_sets, checkpoint)
+    flags = saved_flags(args, data.name, precision)
+    history, curve = [], []  # rows of metrics.csv, and of loss.png
+    if checkpoint:
+        check_same(checkpoint, recipe)
+        restore(checkpoint, model, None if args.eval_only else optimizer)
+        history, curve = checkpoint["history"], checkpoint["curve"]
+    predict = partial(evaluate, model, eval_sets, autocast, recipe.label_smoothing, unseen)
     if args.eval_only:
-        return run.report(evaluate_all(model, eval_sets, autocast))
-    with run:
-        replicas = [replicate(member) for member in model.members]
-        predictions = None
-        for epoch in run.epochs_left():
-            augment = epoch <= recipe.epochs - recipe.clean_epochs
-            steps = 0  # becomes the sum over the members of an ensemble: float64 (S, 7)
-            for member, replica in enumerate(replicas):
-                train_set.set_epoch(epoch, member, augment)
-                steps += train_epoch(
-                    replica, optimizer, train_set, recipe, epoch, autocast, run.progress
-                )
-            run.progress.set_postfix_str("evaluating")
-            predictions = evaluate_all(model, eval_sets, autocast)
-            run.save_epoch(epoch, steps, predictions)
-        run.finish(predictions or evaluate_all(model, eval_sets, autocast))
+        log(f"run      {args.resume}, epoch {len(history)}")
+        for split, predictions in predict().items():
+            log(result_line(split, predictions.metrics(), training_caveat(flags)))
+        return 0
+
+    epochs = range(len(history) + 1, recipe.epochs + 1)  # that are left
+    steps = len(epochs) * len(train_set.batches(recipe.batch_size, recipe.drop_last))
+    run = Run(args.output_dir, len(history), argv, flags, recipe, args.quiet)
+    run.log_start(model, device, {"train": train_set, **eval_sets})
+    with run.resumable(), run.progress_bar(steps) as progress:
+        replica, predictions = replicate(model), None
+        for epoch in epochs:
+            train_set.set_epoch(epoch)
+            start = time.perf_counter()
+            sums = train_epoch(replica, optimizer, train_set, recipe, epoch, autocast, progress)
+            seconds = time.perf_counter() - start
+            predictions = predict()
+            trained, points = train_metrics(sums, epoch, recipe.label_smoothing)
+            row = epoch_row(epoch, optimizer, trained, predictions, seconds)
+            run.save_epoch(model, optimizer, history + [row], curve + points)
+            history, curve = history + [row], curve + points
+            run.log(epoch_line(row, recipe.epochs))
+        predictions = predictions or predict()
+        run.save_results(predictions["test"], history)
+        run.save_plots(predictions["test"], history, curve, eval_sets["test"], model.head)
+    close()
     return run.status
 
 
-def make_datasets(data, recipe, args, device):
+def make_datasets(data, recipe, unseen, seed, dry_run, device):
     """The training set, and a dict of the sets to evaluate: "val" if there is one, and "test"."""
     count = len(data.train.data)
     if recipe.val_size >= count:
         raise UserError(f"--val-size {recipe.val_size} leaves no training images", status=2)
-    train, val = split_indices(count, recipe.val_size, args.seed)
+    train, val = split_indices(count, recipe.val_size, seed)
     test = torch.arange(len(data.test.data))
-    if args.dry_run:
+    if dry_run:
         train = train[: DRY_RUN_BATCHES * recipe.batch_size]
         val, test = val[:DRY_RUN_IMAGES], test[:DRY_RUN_IMAGES]
-    make = partial(MNISTSum, mean=recipe.mean, std=recipe.std, seed=args.seed, device=device)
+    make = partial(MNISTSum, mean=recipe.mean, std=recipe.std, seed=seed, device=device)
     eval_sets = {"val": make(data.train, "val", val)} if recipe.val_size else {}
     eval_sets["test"] = make(data.test, "test", test)
-    return make(data.train, "train", train, addends=recipe.addends, affine=recipe.affine), eval_sets
+    affine = recipe.rotate, recipe.translate, recipe.scale, recipe.shear
+    options = {
+        "addends": recipe.addends,
+        "unseen": unseen,
+        "affine": affine if any(affine) else None,
+    }
+    return make(data.train, "train", train, **options), eval_sets
 
 
 def make_optimizer(model, recipe):
     """The optimizer of a recipe; `train_epoch` sets its learning rate at each step."""
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, **recipe.optimizer_options}
-    return getattr(torch.optim, recipe.optimizer)(model.parameters(), fused=fused, **options)
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    options["fused"] = next(model.parameters()).device.type in ("cpu", "cuda")
+    if recipe.optimizer == "SGD":
+        return torch.optim.SGD(model.parameters(), momentum=recipe.momentum, **options)
+    betas = recipe.momentum, recipe.beta2
+    return getattr(torch.optim, recipe.optimizer)(model.parameters(), betas=betas, **options)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Logits, digit_layer
-from training.constants import NUM_DIGITS, NUM_SUMS
+from dataset import NUM_DIGITS, NUM_SUMS
 
 
 def stack(layer, *sizes, **options):
@@ -19,29 +18,28 @@ def stack(layer, *sizes, **options):
 
 
 def seven_conv():
-    """Encoder of concat-mlp: seven 3x3 convolutions; the last returns the digit logits."""
-    return Logits(
+    """Encoder of concat-mlp: six 3x3 convolutions. The seventh, which covers all of their output,
+    is the linear layer of the head."""
+    return nn.Sequential(
         *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 64, 14, 14)
         *stack(nn.Conv2d, 64, 128, 256, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 256, 7, 7)
         *stack(nn.Conv2d, 256, 512, 1024, kernel_size=3),  # (B, 1024, 3, 3)
-        nn.Conv2d(1024, NUM_DIGITS, 3),  # (B, 10, 1, 1)
-        nn.Flatten(),
+        nn.Flatten(),  # (B, 9216)
     )
 
 
 def six_conv():
-    """Encoder of concat-linear: six 3x3 convolutions, two linear layers down to digit logits."""
-    return Logits(
+    """Encoder of concat-linear: six 3x3 convolutions and a linear layer."""
+    return nn.Sequential(
         *stack(nn.Conv2d, 1, 32, 64, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 64, 14, 14)
         *stack(nn.Conv2d, 64, 128, 256, kernel_size=3, padding=1),
         nn.MaxPool2d(2),  # (B, 256, 7, 7)
         *stack(nn.Conv2d, 256, 256, 512, kernel_size=3),  # (B, 512, 3, 3)
         nn.Flatten(),
-        *stack(nn.Linear, 4608, 1024),
-        nn.Linear(1024, NUM_DIGITS),
+        *stack(nn.Linear, 4608, 1024),  # (B, 1024)
     )
 
 
@@ -68,7 +66,7 @@ class ConcatMLP(nn.Module):
 
     def __init__(self, num_features):
         super().__init__()
-        self.digit = digit_layer(num_features)
+        self.digit = nn.Linear(num_features, NUM_DIGITS)
         sizes = NUM_DIGITS + NUM_DIGITS, *self.hidden
         self.sum = nn.Sequential(*stack(nn.Linear, *sizes), nn.Linear(sizes[-1], NUM_SUMS))
 
@@ -116,41 +114,38 @@ class Added(nn.Module):
 
     def __init__(self, num_features):
         super().__init__()
-        self.digit = digit_layer(num_features)
-        size = num_features or NUM_DIGITS
-        self.embedding = nn.Linear(NUM_DIGITS, size)
-        self.sum = nn.Linear(size, NUM_SUMS)
+        self.digit = nn.Linear(num_features, NUM_DIGITS)
+        self.embedding = nn.Linear(NUM_DIGITS, num_features)
+        self.sum = nn.Linear(num_features, NUM_SUMS)
 
     def forward(self, features, addend):
         embedded = F.relu(self.embedding(addend))  # (B, F)
         return self.digit(features), self.sum(features + embedded)
 
 
-class OnProbabilities(nn.Module):
-    """A published head on digit probabilities, its sum logits scaled.
+class ConcatProbabilities(ConcatLinear):
+    """ConcatLinear on digit probabilities, its sum logits scaled.
 
     If the digit d is certain, a linear layer can compute 2s(d + a) - s^2 from it and the addend a,
     which is largest at s = d + a. This needs large weights; the factor speeds up learning.
     """
 
+    def forward(self, features, addend):
+        digit_logits = self.digit(features)
+        inputs = torch.cat([F.softmax(digit_logits, dim=1), addend], dim=1)  # (B, 20)
+        return digit_logits, 30 * self.sum(inputs)
+
+
+class AddedProbabilities(nn.Module):
+    """Added on digit probabilities, ten features instead of sixty, its sum logits scaled."""
+
     def __init__(self, num_features):
         super().__init__()
-        self.digit = digit_layer(num_features)
-        self.fusion = self.published(None)
+        self.digit = nn.Linear(num_features, NUM_DIGITS)
+        self.embedding = nn.Linear(NUM_DIGITS, NUM_DIGITS)
+        self.sum = nn.Linear(NUM_DIGITS, NUM_SUMS)
 
     def forward(self, features, addend):
         digit_logits = self.digit(features)
-        _, sum_logits = self.fusion(F.softmax(digit_logits, dim=1), addend)
-        return digit_logits, 30 * sum_logits
-
-
-class ConcatProbabilities(OnProbabilities):
-    """ConcatLinear on probabilities."""
-
-    published = ConcatLinear
-
-
-class AddedProbabilities(OnProbabilities):
-    """Added on probabilities, with ten features instead of sixty."""
-
-    published = Added
+        embedded = F.relu(self.embedding(addend))  # (B, 10)
+        return digit_logits, 30 * self.sum(F.softmax(digit_logits, dim=1) + embedded)

@@ -1,27 +1,100 @@
-"""Lines for the user."""
+"""The command line: messages, errors, types of flags, and the exit status of a script."""
 
+import argparse
+import functools
+import os
+import re
+import signal
 import sys
+from contextlib import suppress
+from typing import NamedTuple
 
-from training import distributed
+
+class UserError(Exception):
+    """An error that the user can fix: a script prints it as one line and exits with `status`."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
 
 
-def log(text, stream="stdout"):
-    """Print a line on rank 0 unless the stream is closed.
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations whose errors are one line."""
 
-    Characters that are unprintable, or missing in the encoding of the stream, are escaped.
-    """
-    file = getattr(sys, stream)
-    if file and distributed.rank() == 0:
-        encoding = getattr(file, "encoding", None) or "utf-8"
-        text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    def __init__(self, **options):
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help", status=2)
+
+
+class Number(NamedTuple):
+    """An argparse type: a number of `kind`, int or float, from `low` to `high`."""
+
+    kind: type
+    low: float
+    high: float
+
+    def __call__(self, text):
+        with suppress(ValueError):
+            value = self.kind(text)
+            if self.low <= value <= self.high:
+                return value
+        kind = "an integer" if self.kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} from {self.low} to {self.high}")
+
+
+def path(text):
+    """An argparse type: a path that is not empty, with ~ expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
+
+
+def rank():
+    """The number of this process if torchrun started it, else 0; other programs set RANK too."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def log(text, file=None):
+    """Print a line to stdout, or another file, on rank 0."""
+    if rank() == 0:
         print(text, file=file, flush=True)
 
 
 def warn(text):
     """`log` to stderr."""
-    log(text, "stderr")
+    log(text, sys.stderr)
 
 
-def printable(text):
-    """The text with escape sequences in place of unprintable characters."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def exit_status(main):
+    """Decorate `main(argv)`: an expected error becomes one line on stderr and an exit status."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    @functools.wraps(main)
+    def wrapper(argv=None, **options):
+        with suppress(ValueError):  # outside of the main thread
+            signal.signal(signal.SIGTERM, interrupt)
+        try:
+            return main(sys.argv[1:] if argv is None else list(argv), **options)
+        except UserError as error:
+            return fail(f"error: {error}", error.status)
+        except KeyboardInterrupt as error:
+            return fail("interrupted", 128 + next(iter(error.args), signal.SIGINT))
+        except (MemoryError, RuntimeError) as error:
+            if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
+                raise
+            return fail("error: out of memory; try a smaller --batch-size or picture", 1)
+        except BrokenPipeError:  # of `| head`; Python would fail again when it flushes stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+    return wrapper
+
+
+def fail(message, status):
+    print(message, file=sys.stderr, flush=True)
+    return status

@@ -1,31 +1,9 @@
-"""Atomic writes, and a lock on a directory."""
+"""Atomic writes."""
 
-import errno
 import os
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 
-from training.console import warn
-from training.errors import UserError
-
-
-@contextmanager
-def lock_directory(path, wait):
-    """Hold a lock on a directory, without a lock file; if it is held, wait or raise UserError.
-
-    Where directories cannot be locked, as on some network drives and Windows, warns and goes on.
-    """
-    with ExitStack() as stack:
-        try:
-            import fcntl  # Windows has none
-
-            handle = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(f"another process is using {path}") from error
-        except (ImportError, OSError) as error:
-            warn(f"warning: cannot lock {path} ({error}): do not use it twice at once")
-        yield
+from training.console import UserError
 
 
 def write_atomic(path, content):
@@ -35,11 +13,7 @@ def write_atomic(path, content):
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # this file system has no fsync
-                    raise
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

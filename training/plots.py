@@ -8,15 +8,33 @@ import textwrap
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
-from training.constants import NUM_DIGITS, NUM_SUMS
+from dataset import NUM_DIGITS, NUM_SUMS
+from model import probabilities
 
 COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 8, 24, 24  # of the plots made of images
+NUMBER_PLANES = 8  # of numbers.png, at most
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
 OUTPUT_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
-SPLIT_STYLES = {"train": {"lw": 1, "alpha": 0.7}, "val": {"ls": ":", "marker": "."}}
-SPLIT_STYLES |= {"test": {"lw": 2, "marker": "."}}
+SPLIT_STYLES = {
+    "train": {"lw": 1, "alpha": 0.7, "marker": "."},
+    "val": {"ls": ":", "marker": "."},
+    "test": {"lw": 2, "marker": "."},
+}
+CURVES = {
+    "loss": (
+        "Loss",
+        "loss, nats (log scale)",
+        "KL divergence from the label, smoothed as in training, to the prediction.",
+    ),
+    "accuracy": (
+        "Error rate",
+        "error rate, % (log scale)",
+        "Training errors are counted during the epoch, all others after it.",
+    ),
+}
 
 
 def as_png(figure):
@@ -26,39 +44,43 @@ def as_png(figure):
     return content.getbuffer()
 
 
-def run_figures(history, curve, predictions, images, addends, disputed, title, label_smoothing):
-    """All plots of a run, by file name. Tensors are on the CPU.
+def run_figures(history, curve, predictions, images, addends, disputed, head, title):
+    """Yield all plots of a run, with their file names. Tensors are on the CPU.
 
     predictions: of the N test images; images: uint8 (N, 28, 28); addends: int64 (N,), the one to
     show with each image; disputed: the set of indices of images with a disputed label.
     """
-    target = 100 * (1 - label_smoothing * (1 - 1 / NUM_DIGITS))
-    note = f"\nTarget in training: {target:.0f} % (label smoothing)." if label_smoothing else ""
-    return {
-        "loss.png": loss_figure(curve, history, title),
-        "accuracy.png": accuracy_figure(history, title),
-        "confusion_matrix.png": confusion_figure(*predictions.confusion(), title),
-        "addition.png": addition_figure(predictions.addition(), title),
-        "predictions.png": samples_figure(predictions, images, addends, title, note),
-        "mistakes.png": mistakes_figure(predictions, images, disputed, title, note),
-    }
+    yield "loss.png", curves_figure("loss", curve, history, title)
+    yield "accuracy.png", curves_figure("accuracy", history, history, title)
+    yield "confusion_matrix.png", confusion_figure(*predictions.confusion(), title)
+    yield "addition.png", addition_figure(predictions, title)
+    yield "predictions.png", samples_figure(predictions, images, addends, title)
+    yield "mistakes.png", mistakes_figure(predictions, images, disputed, title)
+    if hasattr(head, "numbers"):
+        yield "numbers.png", numbers_figure(head.numbers.detach().cpu(), title)
 
 
-def loss_figure(curve, history, title):
-    """The loss of both outputs, less its minimum, against the epoch; in nats.
+def curves_figure(metric, rows, history, title):
+    """The "loss" or the error rate ("accuracy") of both outputs against the epoch.
 
-    curve: (position in epochs, digit, sum), means over the training samples since the previous
-    point; history: the rows of metrics.csv; title: a line about the run.
+    rows: of the training, `history` or more often; history: the rows of metrics.csv; title: a line
+    about the run.
     """
-    figure = new_figure("Loss per epoch", title, 5.6)
+    heading, ylabel, note = CURVES[metric]
+    figure = new_figure(heading, title, 5.6, note)
     axes = figure.add_subplot()
-    names = "epoch", "train_digit_objective", "train_sum_objective"
-    points = [dict(zip(names, point, strict=True)) for point in curve]
-    for rows, splits in ((points, ["train"]), (history, ["val", "test"])):
-        for label, epochs, values, style in curves(rows, splits, "objective"):
-            axes.plot(epochs, values, label=f"{label}: {values[-1]:.4f}", **style)
-    finish_curves(axes, "loss minus its minimum, nats (log scale)", "last value")
-    axes.set_xlim(0, 1.02 * points[-1]["epoch"])
+    for split, output in itertools.product(SPLIT_STYLES, OUTPUT_COLORS):
+        key = f"{split}_{output}_{metric}"
+        if key not in history[0]:
+            continue
+        shown = rows if split == "train" else history
+        values = [row[key] for row in [*shown, history[-1]]]
+        if metric == "accuracy":
+            values = [100 - 100 * value for value in values]
+        label = f"{output}, {split}: {values.pop():.4g}"
+        style = SPLIT_STYLES[split] | {"color": OUTPUT_COLORS[output]}
+        axes.plot([row["epoch"] for row in shown], values, label=label, **style)
+    finish_curves(axes, ylabel, "in the last epoch")
     return figure
 
 
@@ -107,37 +129,6 @@ def finish_curves(axes, ylabel, legend_title):
     axes.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def curves(rows, splits, metric):
-    """Yields label, epochs, values and style for each split and output with the metric."""
-    epochs = [row["epoch"] for row in rows]
-    for split, output in itertools.product(splits, OUTPUT_COLORS):
-        key = f"{split}_{output}_{metric}"
-        if key in rows[0]:
-            values = [row[key] for row in rows]
-            style = SPLIT_STYLES[split] | ({"lw": 0.8} if output == "both" else {})
-            yield f"{output}, {split}", epochs, values, style | {"color": OUTPUT_COLORS[output]}
-
-
-def accuracy_figure(history, title):
-    """Error rates: curves over the epochs or, after a single epoch, bars."""
-    note = "Training errors are counted during the epoch, all others after it."
-    figure = new_figure("Error rate", title, 5.6, note)
-    axes = figure.add_subplot()
-    for label, epochs, values, style in curves(history, SPLIT_STYLES, "accuracy"):
-        errors = [100 - 100 * value for value in values]
-        if len(history) == 1:
-            bar = axes.bar(label, errors, color=style["color"], width=0.5)
-            axes.bar_label(bar, fmt="%.2f %%", padding=2)
-        else:
-            axes.plot(epochs, errors, label=f"{label}: {100 * values[-1]:.2f} %", **style)
-    if len(history) == 1:
-        axes.set_ylabel("error rate in epoch 1, %")
-        axes.margins(y=0.1)
-    else:
-        finish_curves(axes, "error rate, % (log scale)", "accuracy in the last epoch")
-    return figure
-
-
 def confusion_figure(digit_counts, sum_counts, title):
     """Confusion matrices of both outputs, one row per true class; only errors are colored."""
     note = "Digit: by mean probability over the ten addends."
@@ -161,9 +152,11 @@ def confusion_figure(digit_counts, sum_counts, title):
     return figure
 
 
-def addition_figure(shares, title):
+def addition_figure(predictions, title):
     """The sum predicted most often for each true digit and addend, colored by it."""
+    shares, unseen = predictions.addition(), predictions.unseen
     note = "Below a sum: the accuracy, if less than 99.95 %. Bold and red: not the correct sum."
+    note += "\nOutlined: pairs that never occurred in training." if unseen is not None else ""
     figure = new_figure("Addition table: the sum predicted most often", title, 6.6, note)
     axes = figure.add_subplot(xlabel="addend", ylabel="true digit")
     axes.set(xticks=range(NUM_DIGITS), yticks=range(NUM_DIGITS))
@@ -176,20 +169,47 @@ def addition_figure(shares, title):
         axes.text(addend, digit - 0.1, total, fontsize=14, **wrong, **style)
         if accuracy < 99.95:
             axes.text(addend, digit + 0.3, f"{accuracy:.1f} %", fontsize=8, **style)
+    for digit, addend in unseen.nonzero().tolist() if unseen is not None else []:
+        corner = addend - 0.46, digit - 0.44
+        axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="black", linewidth=1.5))
     return figure
 
 
-def samples_figure(predictions, images, addends, title, note):
+def numbers_figure(numbers, title):
+    """The numbers 0 to 18 of `ComplexNumbers`, float (2, 19, C), in the plane of each component."""
+    real, imag = numbers
+    order = (real**2 + imag**2).sum(dim=0).argsort(descending=True)[:NUMBER_PLANES]
+    note = "Multiplying two complex numbers adds their angles. So the network adds if equal steps"
+    note += " from number to number\nare equal angles: then 3 times 4 points in the direction of 7."
+    rows = math.ceil(len(order) / 4)
+    figure = new_figure("The numbers that the network has learned", title, 1.3 + 2.7 * rows, note)
+    for i, component in enumerate(order.tolist(), start=1):
+        x, y = real[:, component].numpy(), imag[:, component].numpy()
+        axes = figure.add_subplot(rows, 4, i, aspect="equal", xticks=[0], yticks=[0])
+        axes.set(xticklabels=[], yticklabels=[])
+        axes.grid(color="0.85")
+        axes.margins(0.12)
+        axes.plot(x, y, color="0.75", lw=0.8)
+        for number, place in enumerate(zip(x, y, strict=True)):
+            color = OUTPUT_COLORS["digit" if number < NUM_DIGITS else "sum"]
+            axes.plot(*place, ".", color=color, markersize=4)
+            axes.annotate(number, place, color=color, fontsize=9, ha="center", va="bottom")
+    return figure
+
+
+def samples_figure(predictions, images, addends, title):
     """The first test images, each with one addend."""
     pairs = list(enumerate(addends[:MAX_SAMPLES].tolist()))
     cells = [sum_cell(predictions, images, *pair) for pair in pairs]
     heading = f"Predictions for the first {len(cells)} test images"
-    return image_grid(cells, heading, title, f"Predicted digit + addend = predicted sum.{note}")
+    return image_grid(cells, heading, title, "Predicted digit + addend = predicted sum.")
 
 
 def sum_cell(predictions, images, index, addend):
     """A cell of `image_grid`: predicted digit and sum, and their probabilities."""
-    (digit_p, digit), (sum_p, total) = (p[index, addend].exp().max(dim=0) for p in predictions[:2])
+    outputs = (log_probs[index, addend] for log_probs in predictions[:2])
+    probs = (probabilities(output, predictions.label_smoothing) for output in outputs)
+    (digit_p, digit), (sum_p, total) = (p.max(dim=0) for p in probs)
     true = int(predictions.digits[index])
     correct = (digit, total) == (true, true + addend)
     below = f"digit {100 * digit_p:.1f} %\nsum {100 * sum_p:.1f} %"
@@ -197,7 +217,7 @@ def sum_cell(predictions, images, index, addend):
     return images[index], f"{digit} + {addend} = {total}", below, correct
 
 
-def mistakes_figure(predictions, images, disputed, title, note):
+def mistakes_figure(predictions, images, disputed, title):
     """The most confident mistakes: misread digits, then a row of wrong sums of correct digits."""
     mistakes, wrong_sums = predictions.mistakes(disputed), predictions.wrong_sums()
     cells = []
@@ -209,7 +229,7 @@ def mistakes_figure(predictions, images, disputed, title, note):
     cells += [sum_cell(predictions, images, *pair) for pair in wrong_sums[:COLUMNS].tolist()]
     heading = f"Most confident mistakes: {len(mistakes):,} of {len(images):,} digits, and "
     heading += f"{len(wrong_sums):,} of {10 * len(images):,} sums although the digit is correct"
-    note = f"Digits: mean probability over the ten addends.{note}"
+    note = "Digits: mean probability over the ten addends."
     note += " Disputed: see Northcutt et al. 2021, labelerrors.com." if disputed else ""
     return image_grid(cells, heading, title, note)
 

@@ -7,10 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from training.augment import Affine, affine_matrices, generator, warp
-from training.constants import NUM_DIGITS, SIDE
-
-WARP = Affine(degrees=15, translate=0.08, scale=0.2, shear=20)
+from dataset import NUM_DIGITS, SIDE, affine_matrices, generator, warp
 
 
 def synthetic_mnist(split, count):
@@ -23,7 +20,7 @@ def synthetic_mnist(split, count):
     rng = generator("synthetic", split)
     digits = torch.randint(NUM_DIGITS, (count,), generator=rng)
     chosen = NUM_DIGITS * torch.randint(len(fonts), (count,), generator=rng) + digits
-    matrices = affine_matrices(count, WARP, rng)
+    matrices = affine_matrices(count, rng, rotate=15, translate=0.08, scale=0.2, shear=20)
     parts = zip(chosen.split(5_000), matrices.split(5_000), strict=True)
     data = torch.cat([warp(glyphs[i].unsqueeze(1), m).squeeze(1).round().byte() for i, m in parts])
     return SimpleNamespace(data=data, targets=digits)

@@ -5,11 +5,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules.batchnorm import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from training.console import rank
 
 
 def connect():
     """Connect the processes, if torchrun has started this one: CPUs over Gloo, GPUs over NCCL."""
-    if dist.is_torchelastic_launched():  # other programs set RANK and WORLD_SIZE too
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
 
@@ -20,10 +24,6 @@ def close():
         # torch 2.6 hangs if one of Gloo's threads still needs the interpreter to free a tensor.
         time.sleep(0.1)
         dist.destroy_process_group()
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
@@ -51,3 +51,19 @@ def merge_rows(parts, count):
     complete = rows.new_zeros(count, *rows.shape[1:])
     complete[rank() :: world_size()] = rows
     return all_reduce_sum(complete)
+
+
+def replicate(model):
+    """The model with gradients averaged over the processes, if there are several."""
+    if world_size() == 1:
+        return model
+    if next(model.parameters()).is_cuda:  # SyncBatchNorm does not run on CPUs
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model)
+
+
+def broadcast_buffers(model):
+    """Copy rank 0's buffers to all: between steps each process has its own running statistics."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
