@@ -2,11 +2,14 @@
 
 import argparse
 import functools
+import json
 import os
 import re
 import signal
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -96,5 +99,9 @@ def exit_status(main):
 
 
 def fail(message, status):
+    """Print a message to stderr, and hand it to torchrun for its report; returns the status."""
     print(message, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        Path(file).write_text(json.dumps({"message": report}))
     return status
