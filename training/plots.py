@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator
 from dataset import NUM_DIGITS, NUM_SUMS
 from model import probabilities
 
+GRAYS = {"cmap": "Greys", "vmin": 0, "vmax": 255}
 COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 8, 24, 24  # of the plots made of images
 NUMBER_PLANES = 8  # of numbers.png, at most
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
@@ -67,7 +68,7 @@ def curves_figure(metric, rows, history, title):
     about the run.
     """
     heading, ylabel, note = CURVES[metric]
-    figure = new_figure(heading, title, 5.6, note)
+    figure = new_figure(heading, title, 5.6, note, right=2)
     axes = figure.add_subplot()
     for split, output in itertools.product(SPLIT_STYLES, OUTPUT_COLORS):
         key = f"{split}_{output}_{metric}"
@@ -77,7 +78,7 @@ def curves_figure(metric, rows, history, title):
         values = [row[key] for row in [*shown, history[-1]]]
         if metric == "accuracy":
             values = [100 - 100 * value for value in values]
-        label = f"{output}, {split}: {values.pop():.4g}"
+        label = f"{output}, {split}: {values.pop():.3g}"
         style = SPLIT_STYLES[split] | {"color": OUTPUT_COLORS[output]}
         axes.plot([row["epoch"] for row in shown], values, label=label, **style)
     finish_curves(axes, ylabel, "in the last epoch")
@@ -89,7 +90,8 @@ def prediction_figure(predictions):
 
     A prediction: a Pillow image, uint8 (28, 28), probabilities (10,) and (19,), a title.
     """
-    figure = new_figure("Predicted digit and sum", "", height=0.5 + 2.4 * len(predictions))
+    height = 0.5 + 2.4 * len(predictions)
+    figure = Figure(figsize=(10, height), dpi=150, layout="constrained")
     rows = figure.subfigures(len(predictions), 1, squeeze=False).flatten()
     for row, (image, pixels, digits, sums, title) in zip(rows, predictions, strict=True):
         row.suptitle(title, x=0.012, ha="left", parse_math=False)
@@ -106,13 +108,17 @@ def prediction_figure(predictions):
     return figure
 
 
-def new_figure(heading, subtitle, height, note=""):
-    """An empty figure, 10 inches (1,500 pixels) wide, with texts at the top and the bottom."""
-    figure = Figure(figsize=(10, height), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+def new_figure(heading, subtitle, height, note="", right=0.2):
+    """An empty figure, 10 inches (1,500 pixels) wide, with texts at the top and the bottom.
+
+    right: the margin there, in inches. Matplotlib's automatic layouts take seconds.
+    """
+    figure = Figure(figsize=(10, height), dpi=150)
     lines = [heading, *textwrap.wrap(subtitle, width=100)]
-    figure.suptitle("\n".join(lines), x=0.012, ha="left", linespacing=1.5)
-    figure.supxlabel(note, x=0.012, ha="left", fontsize=9)
+    figure.text(0.012, 1 - 0.1 / height, "\n".join(lines), va="top", fontsize=12, linespacing=1.5)
+    figure.text(0.012, 0.1 / height, note, va="bottom", fontsize=9, linespacing=1.4)
+    top, bottom = 0.45 + 0.26 * len(lines), 0.75 + 0.18 * note.count("\n")
+    figure.subplots_adjust(0.07, bottom / height, 1 - right / 10, 1 - top / height)
     return figure
 
 
@@ -143,8 +149,7 @@ def confusion_figure(digit_counts, sum_counts, title):
         colors = axes.imshow(shares.numpy(), cmap="Oranges", norm=LogNorm(1e-3, 100), alpha=0.7)
         axes.set(title=text, xlabel="predicted", ylabel="true", anchor="N")
         axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
-        # Clipped texts are left out of the layout, which need not measure hundreds of them.
-        style = {"ha": "center", "va": "center", "fontsize": size, "clip_on": True}
+        style = {"ha": "center", "va": "center", "fontsize": size}
         for true, predicted in counts.nonzero().tolist():
             axes.text(predicted, true, int(counts[true, predicted]), **style)
     style = {"location": "bottom", "format": "{x:g}", "label": "errors, % of the row"}
@@ -162,7 +167,7 @@ def addition_figure(predictions, title):
     axes.set(xticks=range(NUM_DIGITS), yticks=range(NUM_DIGITS))
     sums = shares.argmax(dim=2).where(~shares[:, :, 0].isnan(), math.nan)
     axes.imshow(sums.numpy(), cmap="turbo", vmin=0, vmax=NUM_SUMS - 1, alpha=0.6, aspect="auto")
-    style = {"ha": "center", "va": "center", "clip_on": True}
+    style = {"ha": "center", "va": "center"}
     for digit, addend in (sums >= 0).nonzero().tolist():
         total, accuracy = int(sums[digit, addend]), 100 * shares[digit, addend, digit + addend]
         wrong = {} if total == digit + addend else {"color": "#B00000", "weight": "bold"}
@@ -183,17 +188,18 @@ def numbers_figure(numbers, title):
     note += " from number to number\nare equal angles: then 3 times 4 points in the direction of 7."
     rows = math.ceil(len(order) / 4)
     figure = new_figure("The numbers that the network has learned", title, 1.3 + 2.7 * rows, note)
+    colors = [OUTPUT_COLORS["digit" if i < NUM_DIGITS else "sum"] for i in range(NUM_SUMS)]
     for i, component in enumerate(order.tolist(), start=1):
-        x, y = real[:, component].numpy(), imag[:, component].numpy()
+        x, y = real[:, component].tolist(), imag[:, component].tolist()
         axes = figure.add_subplot(rows, 4, i, aspect="equal", xticks=[0], yticks=[0])
         axes.set(xticklabels=[], yticklabels=[])
         axes.grid(color="0.85")
         axes.margins(0.12)
         axes.plot(x, y, color="0.75", lw=0.8)
-        for number, place in enumerate(zip(x, y, strict=True)):
-            color = OUTPUT_COLORS["digit" if number < NUM_DIGITS else "sum"]
-            axes.plot(*place, ".", color=color, markersize=4)
-            axes.annotate(number, place, color=color, fontsize=9, ha="center", va="bottom")
+        axes.scatter(x, y, s=6, c=colors)
+        for number, color in enumerate(colors):
+            style = {"color": color, "fontsize": 9, "ha": "center", "va": "bottom"}
+            axes.text(x[number], y[number], number, **style)
     return figure
 
 
@@ -237,11 +243,19 @@ def mistakes_figure(predictions, images, disputed, title):
 def image_grid(cells, heading, title, note):
     """Cells (image, text above, text below, correct), or None, in rows of COLUMNS."""
     rows = math.ceil(len(cells) / COLUMNS)
-    figure = new_figure(heading, title, 1.0 + 1.9 * rows, note)
-    for i, (image, above, below, correct) in filter(lambda c: c[1], enumerate(cells, start=1)):
-        axes = figure.add_subplot(rows, COLUMNS, i, xticks=[], yticks=[])
-        axes.set_xlabel(below, fontsize=8)
-        axes.imshow(image.numpy(), cmap="Greys", vmin=0, vmax=255)
-        axes.set_title(f"{'✓' if correct else '✗'} {above}", fontsize=11)
-        axes.spines[:].set(color=CORRECT_COLOR if correct else WRONG_COLOR, linewidth=3)
+    figure = new_figure(heading, title, 1.5 + 1.75 * rows, note)
+    figure.subplots_adjust(0.012, right=0.988)
+    axes = figure.add_subplot()  # one for all cells, because one each takes seconds to draw
+    for i, (image, above, below, correct) in filter(lambda c: c[1], enumerate(cells)):
+        y, x = divmod(i, COLUMNS)
+        left, right, top, bottom = x + 0.12, x + 0.88, y + 0.14, y + 0.68
+        axes.imshow(image.numpy(), extent=(left, right, bottom, top), **GRAYS)
+        color = CORRECT_COLOR if correct else WRONG_COLOR
+        frame = {"fill": False, "edgecolor": color, "linewidth": 3}
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))
+        mark = "✓" if correct else "✗"
+        axes.text(x + 0.5, top - 0.03, f"{mark} {above}", fontsize=11, ha="center", va="bottom")
+        axes.text(x + 0.5, bottom + 0.04, below, fontsize=8, ha="center", va="top")
+    axes.set(xlim=(0, COLUMNS), ylim=(rows, 0), aspect="auto")
+    axes.axis("off")
     return figure

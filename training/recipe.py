@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from torch import nn
 
 from dataset import MEAN, STD
-from training.console import Number, UserError
+from training.console import Number, UserError, warn
+from training.processes import world_size
 
 
 def constant(step, total_steps):
@@ -124,3 +125,5 @@ def check_same(checkpoint, recipe):
     trained = len(checkpoint["history"])
     if recipe.epochs < trained:
         raise UserError(f"--epochs must be at least {trained}, the epochs already trained", 2)
+    if checkpoint["processes"] != world_size():
+        warn(f"warning: trained with {checkpoint['processes']} processes until now")
