@@ -147,12 +147,15 @@ def draw_unseen(count, seed):
     Each digit, each addend and each sum still occurs in the others. None if count is 0.
     """
     digit, addend = torch.cartesian_prod(*2 * [torch.arange(NUM_DIGITS)]).unbind(1)  # (100,) each
+    if not count:
+        return None
     rng = generator(seed, "unseen pairs")
-    while count:
-        unseen, seen = torch.randperm(len(digit), generator=rng).tensor_split([count])
-        occurring = [len(values[seen].unique()) for values in (digit, addend, digit + addend)]
-        if occurring == [NUM_DIGITS, NUM_DIGITS, NUM_SUMS]:
-            return torch.zeros(len(digit)).bool().index_fill(0, unseen, True).view(NUM_DIGITS, -1)
+    while True:
+        order = torch.randperm(98, generator=rng) + 1  # 0 + 0 and 9 + 9 are the only ones of a sum
+        unseen = torch.zeros(100).bool().index_fill(0, order[:count], True)
+        occurring = [values[~unseen].unique() for values in (digit, addend, digit + addend)]
+        if [*map(len, occurring)] == [NUM_DIGITS, NUM_DIGITS, NUM_SUMS]:
+            return unseen.view(NUM_DIGITS, NUM_DIGITS)
 
 
 def generator(*key):
