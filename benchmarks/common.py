@@ -41,11 +41,12 @@ def training_flops(recipe):
 
 
 def summary(values):
-    """Number, mean, sample standard deviation (None for a single value) and range of values."""
+    """Statistics of values as a dict; the standard deviation of a single value is None."""
     return {
         "n": len(values),
         "mean": statistics.mean(values),
         "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "median": statistics.median(values),
         "min": min(values),
         "max": max(values),
     }
@@ -107,6 +108,11 @@ def train_flag(text):
     if text.partition("=")[0] in OWN_FLAGS:
         raise ArgumentTypeError(f"{text} is set by the benchmark")
     return text
+
+
+def train_flags(text):
+    """An argparse type: the same for several flags in one text, as a list."""
+    return [train_flag(flag) for flag in shlex.split(text)]
 
 
 def add_flags(parser, output, recipe, seeds=None):

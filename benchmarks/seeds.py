@@ -1,29 +1,27 @@
 """Train a recipe with several seeds, and compare it with variations: a loop over train.py.
 
 python -m benchmarks.seeds --recipe tiny --seeds 5
-python -m benchmarks.seeds --recipe fast --vary "--label-smoothing 0" -- --val-size 10000
-python -m benchmarks.seeds --vary "--head ConcatMLP" --vary "--schedule constant --lr 0.002"
+python -m benchmarks.seeds --vary "--head ConcatMLP" --vary "--lr 0.1" -- --val-size 10000
 
-Flags of train.py go after --. Each --vary adds a row, the same with more flags, which is compared
-with the first over runs with the same seed. Accuracies are those after the last epoch, of the test
-or, with --val-size, the validation images. After an interruption the same command continues.
+Flags of train.py go after --. Each --vary adds a row with more flags, compared over equal seeds.
+Accuracies are of test or, with --val-size, validation images. The same command continues.
 """
 
 import csv
 import hashlib
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 
 import torch
 
 from benchmarks import common
-from benchmarks.common import BENCHMARKS, ROOT, percent, summary
 from training.console import Parser, UserError, exit_status
 
-CODE = [path for part in (".", "training", "published") for path in (ROOT / part).glob("*.py")]
+FOLDERS = (".", "training", "published")
+CODE = {path for folder in FOLDERS for path in common.ROOT.glob(f"{folder}/*.py")}
+CODE -= {common.ROOT / "predict.py", common.ROOT / "demo.py"}  # training does not use them
 
 
 def directory(flags):
@@ -31,13 +29,13 @@ def directory(flags):
     digest = hashlib.sha256(json.dumps([flags, common.machine(), torch.__version__]).encode())
     for path in sorted(CODE):
         digest.update(path.read_bytes())
-    return BENCHMARKS / "seeds" / digest.hexdigest()[:12]
+    return common.BENCHMARKS / "seeds" / digest.hexdigest()[:12]
 
 
 def train(path, flags):
-    """Train in a directory, unless it was done; returns results.json and the last accuracies."""
+    """Train in a directory, unless it was done; returns results.json with the last accuracies."""
     if not (path / "results.json").exists():
-        command = [sys.executable, str(ROOT / "train.py"), "--dataset", "mnist", *flags]
+        command = [sys.executable, str(common.ROOT / "train.py"), "--dataset", "mnist", *flags]
         command += ["--output-dir", str(path), "--resume", "--quiet"]
         if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"failed: {shlex.join(command)}", status)
@@ -46,7 +44,7 @@ def train(path, flags):
     for name, value in last.items():
         if name.startswith(split) and not name.endswith("_loss"):
             accuracies[name.removeprefix(split).removesuffix("_accuracy")] = float(value)
-    return json.loads((path / "results.json").read_text()), accuracies
+    return json.loads((path / "results.json").read_text()) | {"accuracies": accuracies}
 
 
 def measure(rows, seeds):
@@ -54,31 +52,28 @@ def measure(rows, seeds):
     recipes = {name: common.parse_flags(flags)[1] for name, flags in rows.items()}
     if len({recipe.val_size for recipe in recipes.values()}) > 1:
         raise UserError("--val-size cannot be varied: pass it after --", status=2)
-    paths = {name: directory(flags) for name, flags in rows.items()}
-    runs = {name: [] for name in rows}
+    paths, runs = {name: directory(flags) for name, flags in rows.items()}, {}
     for seed in seeds:
         for name, flags in rows.items():  # inner loop: a busy machine slows all rows down
             if directory(flags) != paths[name]:
                 raise UserError("the code has changed: the same command starts again")
             run = train(paths[name] / f"seed-{seed}", [*flags, "--seed", str(seed)])
-            text = ", ".join(f"{key} {100 * value:.3f} %" for key, value in run[1].items())
-            print(f"{name}, seed {seed}: {text}; {run[0]['train_seconds']:.1f} s", flush=True)
-            runs[name].append(run)
-    return {name: summarize(recipes[name], *zip(*runs[name], strict=True)) for name in rows}
+            text = ", ".join(f"{key} {100 * v:.3f} %" for key, v in run["accuracies"].items())
+            print(f"{name}, seed {seed}: {text}; {run['train_seconds']:.1f} s", flush=True)
+            runs.setdefault(name, []).append(run)
+    return {name: summarize(recipes[name], runs[name]) for name in rows}
 
 
-def summarize(recipe, results, accuracies):
+def summarize(recipe, runs):
     """A row of the results file, from what `train` returned for each seed."""
     columns = ("dataset", "device", "precision", "threads", "versions", "parameters")
-    each = {key: [one[key] for one in accuracies] for key in accuracies[0]}
-    seconds = [one["train_seconds"] for one in results]
-    return {column: results[0][column] for column in columns} | {
+    each = {key: [run["accuracies"][key] for run in runs] for key in runs[0]["accuracies"]}
+    return {column: runs[0][column] for column in columns} | {
         "settings": recipe.as_plain(),
         "training_flops": common.training_flops(recipe),
         "each": each,
-        "metrics": {key: summary(values) for key, values in each.items()},
-        "train_seconds": seconds,
-        "median_train_seconds": statistics.median(seconds),
+        "metrics": {key: common.summary(values) for key, values in each.items()},
+        "train_seconds": common.summary([run["train_seconds"] for run in runs]),
     }
 
 
@@ -87,22 +82,17 @@ def table(rows):
     base, lines = next(iter(rows.values())), []
     keys = list(dict.fromkeys(key for row in rows.values() for key in row["metrics"]))
     for name, row in rows.items():
-        cells = [percent(row["metrics"].get(key), "min") for key in keys]
+        cells = [common.percent(row["metrics"].get(key), "min") for key in keys]
         cells += ["" if row is base else common.compared(row["each"]["both"], base["each"]["both"])]
-        lines.append([f"`{name}`", *cells, f"{row['median_train_seconds']:.3g}"])
+        lines.append([f"`{name}`", *cells, f"{row['train_seconds']['median']:.3g}"])
     return common.markdown(["", *keys, "both, compared", "seconds"], lines)
-
-
-def train_flags(text):
-    return [common.train_flag(flag) for flag in shlex.split(text)]
 
 
 def parse_args(argv):
     parser = Parser(prog="seeds.py", description=__doc__)
     common.add_flags(parser, "seeds.json", recipe="default", seeds=5)
     text = 'a row with more flags, such as "--lr 0.1"; repeatable'
-    options = {"type": train_flags, "default": [], "metavar": "FLAGS", "help": text}
-    parser.add_argument("--vary", action="append", **options)
+    parser.add_argument("--vary", action="append", default=[], type=common.train_flags, help=text)
     return parser.parse_args(argv)
 
 
