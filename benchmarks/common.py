@@ -115,14 +115,15 @@ def train_flags(text):
     return [train_flag(flag) for flag in shlex.split(text)]
 
 
-def add_flags(parser, output, recipe, seeds=None):
-    """Add --recipe, --output, flags of train.py after -- and, if it has a default, --seeds."""
+def add_flags(parser, output, recipe=None, seeds=None):
+    """Add --output, flags of train.py, and --recipe and --seeds if they have a default."""
 
     def flag(name, text, **options):
         parser.add_argument(name, help=f"{text} (default: %(default)s)", **options)
 
-    text = "row of the table in recipes.py"
-    flag("--recipe", text, choices=RECIPES, default=recipe, metavar="NAME")
+    if recipe:
+        text = "row of the table in recipes.py"
+        flag("--recipe", text, choices=RECIPES, default=recipe, metavar="NAME")
     if seeds:
         text = "number of seeds: 0 to N - 1"
         flag("--seeds", text, type=Number(int, 1, 10_000), default=seeds, metavar="N")
