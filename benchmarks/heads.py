@@ -15,7 +15,7 @@ from benchmarks import common, seeds
 from dataset import NUM_DIGITS, NUM_SUMS, draw_unseen
 from recipes import RECIPES
 from training.console import Number, Parser, exit_status
-from training.recipe import named
+from training.recipe import choices_of
 
 OURS = ["ComplexNumbers", "OuterProduct"]
 PUBLISHED = ["ConcatMLP", "ConcatLinear", "SharedTrunk", "Added"]
@@ -53,7 +53,7 @@ def parse_args(argv):
     common.add_flags(parser, "heads.json", recipe="fast", seeds=5)
     flag, heads = parser.add_argument, OURS + PUBLISHED + ON_PROBABILITIES
     text = "heads on the encoder of --recipe, or recipes as they are (default: %(default)s)"
-    choices = [*named("head", RECIPES), *RECIPES]
+    choices = [*choices_of("head", RECIPES), *RECIPES]
     flag("--networks", nargs="+", choices=choices, default=heads, metavar="NAME", help=text)
     text, count = "numbers of unseen pairs (default: %(default)s)", Number(int, 0, 75)
     flag("--unseen", nargs="+", type=count, default=[0, 10, 30, 50, 70], metavar="N", help=text)

@@ -68,7 +68,8 @@ def summarize(recipe, runs):
     """A row of the results file, from what `train` returned for each seed."""
     columns = ("dataset", "device", "precision", "threads", "versions", "parameters")
     each = {key: [run["accuracies"][key] for run in runs] for key in runs[0]["accuracies"]}
-    return {column: runs[0][column] for column in columns} | {
+    facts = runs[0]["flags"] | runs[0]
+    return {column: facts[column] for column in columns} | {
         "settings": recipe.as_plain(),
         "training_flops": common.training_flops(recipe),
         "each": each,
