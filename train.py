@@ -143,7 +143,7 @@ def main(argv, recipes=RECIPES):
             run.save_epoch(model, optimizer, history + [row], curve + points)
             history, curve = history + [row], curve + points
             run.log(epoch_line(row, recipe.epochs))
-        predictions = predictions or predict()
+        predictions = predictions or predict()  # if no epoch was left
         run.save_results(predictions["test"], history)
         run.save_plots(predictions["test"], history, curve, eval_sets["test"], model.head)
     close()
