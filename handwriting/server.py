@@ -69,8 +69,10 @@ class Network:
         self.texts = {"name": f"{text} ({name})", "caveat": training_caveat(flags), "dials": []}
         if hasattr(model.head, "numbers"):
             numbers = torch.complex(*model.head.numbers)  # (19, C)
-            numbers = numbers[:, numbers.abs().square().sum(dim=0).argsort(descending=True)]
-            self.numbers = numbers / numbers.abs().square().mean().sqrt()  # about 1 long
+            # First the component in which the numbers that follow one another lie closest, because
+            # one sees there how it adds.
+            order = (numbers.diff(dim=0).abs().sum(dim=0) / numbers.abs().sum(dim=0)).argsort()
+            self.numbers = numbers[:, order] / numbers.abs().square().mean().sqrt()  # about 1 long
             self.texts["dials"] = points(self.numbers)
             model.head.register_forward_hook(self.record_dials)
 
