@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -26,7 +26,6 @@ import demo
 import train
 from benchmarks.drawings import STYLES
 from handwriting import predictor, server
-from handwriting.picture import read_picture
 from handwriting.prepare import NO_INK, prepare
 from model import build_model
 from recipes import RECIPES
@@ -36,28 +35,20 @@ PNG = {"Content-Type": "image/png"}
 STROKES = dict(reversed(STYLES))  # the first style of each digit
 
 
-def trained(path, *flags):
-    assert train.main(["--recipe", "fast", "--quiet", "--output-dir", str(path), *flags]) == 0
-    return path
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of `fast` on MNIST, or else a dry run on synthetic digits; and one of another head."""
+    dry = ["--dataset", "synthetic", "--dry-run"]
+    paths = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("other")
+    flags = ["--data-dir", MNIST_DIR] if MNIST_DIR else dry, ["--head", "OuterProduct", *dry]
+    for path, given in zip(paths, flags, strict=True):
+        assert train.main(["--recipe", "fast", "-q", "--output-dir", str(path), *given]) == 0
+    return paths
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of `fast` on MNIST, or else a dry run on synthetic digits."""
-    data = ["--data-dir", MNIST_DIR] if MNIST_DIR else ["--dataset", "synthetic", "--dry-run"]
-    return trained(tmp_path_factory.mktemp("run"), *data)
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A dry run with a head that has no complex numbers, which is not the head of its recipe."""
-    flags = ["--head", "OuterProduct", "--dataset", "synthetic", "--dry-run"]
-    return trained(tmp_path_factory.mktemp("other"), *flags)
-
-
-@pytest.fixture(scope="module")
-def site(run, other):
-    with server.Server([server.Network(run, "run"), server.Network(other, "other")]) as site:
+def site(runs):
+    with server.Server([server.Network(path, path.name) for path in runs]) as site:
         threading.Thread(target=site.serve_forever, daemon=True).start()
         yield site
         site.shutdown()
@@ -77,7 +68,6 @@ def encode(image, kind="PNG"):
 
 
 def request(site, method="POST", path="/predict?addend=5", body=None, headers=PNG):
-    """Returns the status, the headers and the body of the reply."""
     connection = http.client.HTTPConnection("127.0.0.1", site.server_address[1], timeout=30)
     connection.request(method, path, body, headers)
     reply = connection.getresponse()
@@ -90,20 +80,14 @@ def predicted(site, body, addend=5):
     return json.loads(content)
 
 
-def from_python(run, image, addend):
-    """The record of an image without the server."""
-    model, checkpoint = predictor.load_model(run)
+def test_the_record(site, runs):
+    """That of the same picture without the server; and that of a blank one."""
+    model, checkpoint = predictor.load_model(runs[0])
     network = predictor.Predictor(model, checkpoint["recipe"])
-    return predictor.predict(network, prepare(read_picture(io.BytesIO(image))), addend)[0]
-
-
-def test_the_record(site, run):
-    image = encode(drawing(7))
-    record = predicted(site, image, 3)
-    assert record | from_python(run, image, 3) == record
-    assert len(record["pixels"]) == len(record["pixels"][0]) == 28
-    assert max(record["digit_probabilities"]) == record["digit_probability"]
-    assert record["sum_probabilities"][record["sum"]] == record["sum_probability"]
+    record, digits, sums = predictor.predict(network, prepare(drawing(7)), 3)
+    record |= {"digit_probabilities": digits.tolist(), "sum_probabilities": sums.tolist()}
+    served = predicted(site, encode(drawing(7)), 3)
+    assert served | record == served
     blank = predicted(site, encode(Image.new("L", (100, 100), "white")))
     assert (blank["digit"], blank["sum"], blank["warnings"]) == (None, None, [NO_INK])
 
@@ -113,7 +97,7 @@ def test_the_record(site, run):
     [
         (200, {"headers": {"Content-Type": "image/webp"}, "body": encode(drawing(1), "WEBP")}),
         (200, {"method": "GET", "path": "/?x=1"}),
-        (404, {"method": "GET", "path": "/../demo.py"}),
+        (200, {"method": "HEAD", "path": "/"}),
         (404, {"path": "/predict?addend=10"}),
         (404, {"path": "/predict?addend=1&network=2"}),
         (415, {"headers": {"Content-Type": "image/svg+xml"}}),
@@ -130,27 +114,24 @@ def test_requests(site, status, change):
 
 
 def test_the_page_allows_only_its_own_script(site):
-    replies = [request(site, method, "/", headers={}) for method in ("GET", "GET", "HEAD")]
-    nonces = {re.search("script-src 'nonce-(.+?)'", str(headers))[1] for _, headers, _ in replies}
-    assert len(nonces) == 3 and all("default-src 'none'" in str(reply[1]) for reply in replies)
-    assert [status for status, _, _ in replies] == [200] * 3 and replies[2][2] == b""
-    for _, headers, body in replies[:2]:
-        (nonce,) = re.findall(b'<script nonce="(.+?)">', body)
-        assert nonce.decode() in str(headers) and b"{{" not in body
-
-
-def head(size, host="localhost"):
-    lines = ["POST /predict?addend=5 HTTP/1.1", f"Host: {host}", "Content-Type: image/png"]
-    return "\r\n".join([*lines, f"Content-Length: {size}", "", ""]).encode()
+    nonces = set()
+    for _ in range(2):
+        _, headers, body = request(site, "GET", "/", headers={})
+        (nonce,) = re.findall("script-src 'nonce-(.+?)'", headers["Content-Security-Policy"])
+        assert f'<script nonce="{nonce}">' in body.decode() and b"{{" not in body
+        nonces.add(nonce)
+    assert len(nonces) == 2
 
 
 def test_bad_requests_do_not_stop_the_server(site, monkeypatch):
     """Noise, bodies that are too large or too short, and silence; and clients that are gone."""
     monkeypatch.setattr(server.Handler, "timeout", 2)
-    image, clients = encode(drawing(4)), []
+    start = b"POST /predict?addend=5 HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    start, image, clients = start + b"Content-Length: %d\r\n\r\n", encode(drawing(4)), []
     for i in range(60):
         noise = random.Random(i).randbytes(2000)
-        bodies = noise, head(9_999_999) + noise, head(90_000) + image, head(len(image)) + image
+        bodies = [noise, start % 9_999_999 + noise]
+        bodies += [start % size + image for size in (90_000, len(image))]
         clients.append(socket.create_connection(site.server_address, timeout=30))
         clients[-1].sendall(bodies[i % 4])
         if i % 4 == 3:
@@ -160,16 +141,6 @@ def test_bad_requests_do_not_stop_the_server(site, monkeypatch):
         with client, suppress(ConnectionError):
             while client.recv(65536):  # raises TimeoutError after 30 seconds
                 pass
-
-
-def test_a_busy_server(site, monkeypatch):
-    """Requests wait for their turn, but not for too long."""
-    image = encode(drawing(4))
-    with ThreadPoolExecutor(20) as pool:
-        assert set(pool.map(lambda _: request(site, body=image)[0], range(40))) == {200}
-    monkeypatch.setattr(server, "TURN", 0.01)
-    with site.lock:
-        assert request(site, body=image)[0] == 503
 
 
 LOOPBACK = ["127.0.0.1:1234", "localhost", "localhost:80", "[::1]:9"]
@@ -186,9 +157,6 @@ def test_the_names_of_the_page(host, allowed, capsys):
             status, _, body = request(site, "GET", "/", headers={"Host": name})
             assert status == (200 if name in LOOPBACK + allowed else 403), name
             assert status == 200 or b"--host" in body
-        with socket.create_connection(("127.0.0.1", site.server_address[1]), 5) as client:
-            client.sendall(head(1000, "example.com"))  # and its body is not read
-            assert client.recv(100).startswith(b"HTTP/1.0 403")
         site.shutdown()
     assert capsys.readouterr().err.count("--host") == 1
 
@@ -198,36 +166,24 @@ def save(checkpoint, name):
     torch.save(checkpoint, f"runs/{name}/last.pt")
 
 
-def test_the_list(run, other, tmp_path, monkeypatch, capsys):
+def test_the_list(runs, tmp_path, monkeypatch, capsys):
     """Usable runs, in the order of their ends and not of their files, and the pretrained one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(server, "PRETRAINED", other / "last.pt")
-    saved = torch.load(run / "last.pt", weights_only=True)
+    monkeypatch.setattr(server, "PRETRAINED", runs[1] / "last.pt")
+    saved = torch.load(runs[0] / "last.pt", weights_only=True)
     saved["flags"] |= {"dry_run": False, "dataset": "mnist"}
     save(saved, "new")
     save(saved | {"time": saved["time"] - 9}, "old")
     save(saved | {"recipe": saved["recipe"] | {"head": "Gone"}}, "no-head")
     save(saved | {"network": {}}, "changed")
-    for name in ("gone-a", "gone-b"):
-        save(saved | {"flags": saved["flags"] | {"recipe": "gone"}}, name)
+    save(gone := saved | {"flags": saved["flags"] | {"recipe": "gone"}}, "gone-a")
+    save(gone, "gone-b")
     names = [network.texts["name"] for network in server.load_networks()]
     assert [name.partition("(")[2] for name in names] == ["runs/new)", "runs/old)", "pretrained)"]
     assert ["synthetic" in name for name in names] == [False, False, True]
     lines = capsys.readouterr().err.splitlines()
     assert sorted(len(re.findall("no-head|changed|gone-", line)) for line in lines) == [1, 1, 2]
     assert len(server.load_networks("runs/old")) == 3  # each only once
-
-
-def test_the_feature_maps(site):
-    """The strongest of the last stage, against the layers called one by one."""
-    network = site.networks[0]
-    record = network.predict(drawing(3), 5)
-    x = torch.tensor(record["pixels"])[None, None] / 255
-    x = (x - network.predictor.recipe["mean"]) / network.predictor.recipe["std"]
-    x = network.predictor.model.encoder[:3](x)[0]  # (48, 4, 4)
-    x = x - x.amin((1, 2), keepdim=True)
-    maps = torch.tensor(list(base64.b64decode(record["stages"][-1]["maps"]))).view(16, 4, 4)
-    assert (maps[0] - x[x.amax((1, 2)).argmax()] / x.max() * 255).abs().max() < 1.01
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -239,8 +195,10 @@ def test_every_recipe_can_be_shown(recipe, monkeypatch):
     network = server.Network("path", "name")
     for _ in range(2):  # the second record has only its own maps
         record = network.predict(drawing(7), 0)
+    stages = [(stage["shape"], base64.b64decode(stage["maps"])) for stage in record["stages"]]
+    assert all(len(maps) == min(c, 16) * h * w for (c, h, w), maps in stages)
     convolutions = sum(parameter.ndim == 4 for parameter in model.encoder.parameters())
-    assert min(2, convolutions) <= len(record["stages"]) <= convolutions
+    assert min(2, convolutions) <= len(stages) <= convolutions
     assert bool(record["dials"]) == (RECIPES[recipe].head.__name__ == "ComplexNumbers")
 
 
@@ -256,16 +214,14 @@ def test_the_dials_are_those_of_the_head(site):
     numbers = torch.complex(*head.numbers)
     unit = numbers.norm() / points.norm()
     distances = (unit * points[:, :, None] - numbers[:, None, :]).abs().amax(dim=0)
-    order = distances.argmin(dim=1)  # the component of each dial
-    assert len(set(order.tolist())) == len(order) and distances.amin(dim=1).max() < 1e-5
+    assert distances.amin(dim=1).max() < 1e-5 and distances.amin(dim=0).max() < 1e-5
     scores = torch.tensor([dial["scores"] for dial in dials])  # (C, 19)
     factor = sum_logits.norm() / scores.sum(dim=0).norm()
     assert torch.allclose(factor * scores.sum(dim=0), sum_logits[0], atol=1e-4)
     paths = torch.view_as_complex(torch.tensor([dial["path"] for dial in dials]))  # (C, 25)
     digit = digit_logits[0].softmax(dim=0).to(points.dtype) @ points[:10]
-    assert torch.allclose(paths[:, 0], digit, atol=1e-5)
-    assert torch.allclose(paths[:, -1], digit * points[5], atol=1e-5)
-    for component, score in zip(order.tolist(), scores, strict=True):
+    assert torch.allclose(paths[:, [0, -1]].T, torch.stack([digit, digit * points[5]]), atol=1e-5)
+    for component, score in zip(distances.argmin(dim=1), scores, strict=True):
         alone = torch.zeros_like(head.numbers)
         alone[:, :, component] = head.numbers[:, :, component]
         _, logits = functional_call(head, {"numbers": alone}, inputs)
@@ -277,10 +233,10 @@ def test_the_dials_are_those_of_the_head(site):
     [(1, "nowhere"), (1, "RUN --port USED"), (1, "RUN --host 192.0.2.1"), (2, "")]
     + [(2, "--port 0"), (2, "--host localhost")],
 )
-def test_errors_are_one_line(site, run, tmp_path, monkeypatch, capsys, status, flags):
+def test_errors_are_one_line(site, runs, tmp_path, monkeypatch, capsys, status, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(server, "PRETRAINED", run / "last.pt")
-    flags = flags.replace("RUN", str(run)).replace("USED", str(site.server_address[1]))
+    monkeypatch.setattr(server, "PRETRAINED", runs[0] / "last.pt")
+    flags = flags.replace("RUN", str(runs[0])).replace("USED", str(site.server_address[1]))
     assert demo.main([*flags.split(" "), "--no-browser"]) == status
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"error: [^\n]+\n", err), err
@@ -292,9 +248,9 @@ def test_torch_is_not_imported_for_help():
 
 
 @pytest.mark.parametrize("flags", [[], ["--host", "0.0.0.0"]])
-def test_the_default_run_and_ctrl_c(run, tmp_path, monkeypatch, flags):
+def test_the_default_run_and_ctrl_c(runs, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    saved = torch.load(run / "last.pt", weights_only=True)
+    saved = torch.load(runs[0] / "last.pt", weights_only=True)
     for name in ("usable", "dry"):
         save(saved | {"flags": saved["flags"] | {"dry_run": name == "dry"}}, name)
     command = [sys.executable, ROOT / "demo.py", "--no-browser", *flags]
@@ -310,16 +266,14 @@ def test_the_default_run_and_ctrl_c(run, tmp_path, monkeypatch, flags):
 @pytest.fixture(scope="module")
 def chromium():
     executable = shutil.which("chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        executable = None
-    if not executable:
+    if not executable or not find_spec("playwright"):
         assert not os.environ.get("REQUIRE_BROWSER"), "Chromium or Playwright is missing"
         pytest.skip("needs chromium and playwright")
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
-        # Its sandbox does not work for root, nor in many containers.
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        flags = ["--no-sandbox"]  # which does not work for root, nor in many containers
+        browser = playwright.chromium.launch(executable_path=executable, args=flags)
         yield browser
         browser.close()
 
@@ -356,29 +310,22 @@ def result(page):
 
 
 def pixels(page):
-    url = page.evaluate("document.getElementById('paper').toDataURL()")
-    return base64.b64decode(url.split(",")[1])
+    return base64.b64decode(page.evaluate("paper.toDataURL().split(',')[1]"))
 
 
-def test_drawn_digits(page, run):
+def test_drawn_digits(page, site):
     correct = 0
     for i in range(20):
-        digit, addend = i % 10, (3 * i) % 10
+        digit, addend = i % 10, 3 * i % 10
         page.keyboard.press(str(addend))
         shown = draw(page, digit, side=0.6 if i < 10 else 0.35)
-        record = from_python(run, pixels(page), addend)
+        record = predicted(site, pixels(page), addend)
         assert shown == (str(record["digit"]), str(record["sum"]))
         assert page.inner_text("#digit-percent") == f"{100 * record['digit_probability']:.1f} %"
         assert page.inner_text("#warnings") == "; ".join(record["warnings"])
         correct += shown == (str(digit), str(digit + addend))
         page.keyboard.press("Escape")
     assert correct >= 18 or not MNIST_DIR
-
-
-def drawn(page, kind):
-    """The points of a line of the large dial: (N, 2)."""
-    text = page.get_attribute(f"svg:not(figure svg) .{kind}", "points")
-    return torch.tensor([[float(v) for v in end.split(",")] for end in text.split()])
 
 
 def test_how_the_sum_is_made(page, site):
@@ -391,25 +338,26 @@ def test_how_the_sum_is_made(page, site):
         lines = {"from": path[:1], "hand": path[-1:], "turn": path}
         lines["order"] = torch.tensor(site.networks[0].texts["dials"][0])
         for kind, points in lines.items():
-            error = drawn(page, kind)[-len(points) :] - points * torch.tensor([100, -100])
+            text = page.get_attribute(f"svg:not(figure svg) .{kind}", "points")
+            shown = torch.tensor([[float(v) for v in end.split(",")] for end in text.split()])
+            error = shown[-len(points) :] - points * torch.tensor([100, -100])
             assert error.abs().max() < 0.06, kind
         scores = torch.tensor([dial["scores"] for dial in record["dials"]])  # (C, 19)
         script = "all => all.map((one) => Number(one.style.getPropertyValue('--p')))"
         bars = torch.tensor(page.eval_on_selector_all("#dials .bars div", script)).view(-1, 19)
-        assert torch.allclose(bars[:-1], 8 / len(scores) * scores, atol=1e-6)
-        assert torch.allclose(bars[-1], scores.mean(dim=0), atol=1e-6)
-        assert bars[-1].argmax() == record["sum"]
+        expected = torch.cat([8 / len(scores) * scores, scores.mean(dim=0, keepdim=True)])
+        assert torch.allclose(bars, expected, atol=1e-6) and bars[-1].argmax() == record["sum"]
         chosen = page.locator("svg:not(figure svg) .chosen").all_text_contents()
         assert set(chosen) == {str(record["digit"]), str(record["sum"])}
 
 
 def test_another_network(page, site):
     """One with another head shows its outputs, and not how another would add."""
-    caveat = page.locator(".caveat")
-    assert caveat.is_visible() != bool(MNIST_DIR) and page.locator("#how").is_visible()
+    assert page.locator(".caveat").is_visible() != bool(MNIST_DIR)
+    assert page.locator("#how").is_visible()
     draw(page, 3)
     page.select_option("#network", "1")
-    assert "synthetic digits, NOT MNIST" in caveat.inner_text()
+    assert "synthetic digits, NOT MNIST" in page.inner_text(".caveat")
     shown, expected = result(page), predicted(site, pixels(page), "5&network=1")
     assert shown == (str(expected["digit"]), str(expected["sum"]))
     assert page.inner_text("#addend") == "5" and not page.locator("#how").is_visible()
@@ -425,17 +373,12 @@ def test_undo_and_clear(page):
         assert pixels(page) == expected
     page.click("#undo")
     assert pixels(page) == blank and page.get_attribute("#undo", "aria-disabled") == "true"
-    draw(page, 1)
-    page.focus("#clear")
-    page.keyboard.press("Enter")  # the focus stays, for whoever uses the keyboard
-    assert pixels(page) == blank and page.evaluate("document.activeElement.id") == "clear"
 
 
 def test_a_chosen_image(page, site):
     def choose(content):
         page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": content})
 
-    draw(page, 1)
     for side in (900, 4500):
         choose(encode(drawing(2, side)))
         page.keyboard.press("3")
@@ -457,8 +400,8 @@ def test_the_panels_and_the_empty_page(page):
         page.mouse.move(x, 300, steps=5)
         page.wait_for_timeout(300)
         dials.add(page.inner_html("#dials"))
-    page.mouse.up()
     assert len(dials) == 3 and page.evaluate(script)[1] > 16
+    page.mouse.up()
     page.keyboard.press("Escape")
     result(page)
     assert page.evaluate(script) == start
@@ -470,11 +413,10 @@ def test_busy_and_errors(page, site, monkeypatch):
         assert page.get_attribute("main", "aria-busy") == "true"
         page.keyboard.press("Escape")  # needs no answer
         assert result(page) == ("–", "–")
-    monkeypatch.setattr(server, "FORMATS", {"image/png": "JPEG"})
-    assert draw(page, 3) == ("–", "–")
-    assert page.inner_text("#warnings") == "not a readable image"
-    assert all("status of 400" in problem for problem in page.problems)
-    page.problems.clear()
+        monkeypatch.setattr(server, "TURN", 0.01)
+        assert draw(page, 3) == ("–", "–")
+    assert page.inner_text("#warnings") == "demo.py is busy; try again"
+    page.problems[:] = [text for text in page.problems if "status of 503" not in text]
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1440])
@@ -485,5 +427,4 @@ def test_screens(page, width):
     page.evaluate("document.querySelectorAll('details').forEach((panel) => { panel.open = true })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page.evaluate("scrollTo(0, 200)")
-    box = page.locator("#sum-percent").bounding_box()
-    assert width > 800 or 0 <= box["y"] < 664
+    assert width > 800 or 0 <= page.locator("#sum").bounding_box()["y"] < 600
