@@ -96,7 +96,8 @@ def measure(flags, data, device, precision, product_flops):
     steps = measure_steps(recipe, dataset, device, precision)
     images_per_second = recipe.batch_size / steps["step_seconds"]
     flops = 6 * common.multiply_adds(recipe) * images_per_second
-    row = {key: results[key] for key in ("epochs", "train_seconds")} | results["accuracies"] | steps
+    row = {"epochs": recipe.epochs, "train_seconds": results["train_seconds"]}
+    row |= results["accuracies"] | steps
     row |= {"images_per_second": images_per_second, "product_fraction": flops / product_flops}
     return row | measure_deterministic(flags)
 
