@@ -10,7 +10,6 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,31 +21,25 @@ from dataset import NUM_DIGITS, SIDE
 from model import OuterProduct, build_model
 from recipes import RECIPES
 
-# Multiply-adds by hand: each output of a layer times the inputs that it is computed from.
-HEAD = 100 * 19  # of OuterProduct, after the digit
-SHALLOW_FIRST = 20 * 20 * 16 * 5 * 5
-STANDARD_FIRST = 14 * 14 * 32 * 5 * 5
-BY_HAND = {
-    "fast": (SHALLOW_FIRST, 8 * 8 * 48 * 16 * 3 * 3 + 768 * 256 + 256 * 10 + HEAD),
-    "default": (
-        STANDARD_FIRST,
-        (14 * 14 * 64 * 32 + 7 * 7 * 128 * 64 + 5 * 5 * 128 * 128) * 3 * 3 + 128 * 10 + HEAD,
-    ),
-}
+# Multiply-adds by hand: each output of a layer times the inputs that it is computed from. Of the
+# first layer, and of the others.
+SHALLOW = 20 * 20 * 16 * 5 * 5, 8 * 8 * 48 * 16 * 3 * 3 + 768 * 256 + 256 * 10 + 100 * 19
+LAST_THREE = (14 * 14 * 64 * 32 + 7 * 7 * 128 * 64 + 5 * 5 * 128 * 128) * 3 * 3
+STANDARD = 14 * 14 * 32 * 5 * 5, LAST_THREE + 128 * 10 + 100 * 19
+BY_HAND = {"fast": SHALLOW, "default": STANDARD}
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_flops_are_six_times_the_multiply_adds(name):
     recipe = replace(RECIPES[name], head=OuterProduct)
     first, others = BY_HAND[name]
-    assert common.multiply_adds(recipe) == first + others
     assert common.training_flops(recipe) == 6 * (first + others) * recipe.epochs * 60_000
-    model, images = build_model(recipe.encoder, recipe.head), 2
+    model = build_model(recipe.encoder, recipe.head)
     with FlopCounterMode(display=False) as counter:
-        outputs = model(torch.zeros(images, 1, SIDE, SIDE), torch.zeros(images, NUM_DIGITS))
+        outputs = model(torch.zeros(2, 1, SIDE, SIDE), torch.zeros(2, NUM_DIGITS))
         sum(part.sum() for part in outputs).backward()
     # The factor of six includes the gradient with respect to the image, which is not computed.
-    assert counter.get_total_flops() == images * (6 * (first + others) - 2 * first)
+    assert counter.get_total_flops() == 2 * (6 * (first + others) - 2 * first)
 
 
 @pytest.fixture
@@ -90,26 +83,20 @@ def test_variations_are_compared_over_equal_seeds_and_not_repeated(commands, cap
     assert read_rows("seeds.json") == rows
 
 
-def test_accuracies_are_those_of_the_last_epoch_on_test_images(commands, capsys):
-    assert seeds.main(["--seeds", "1", "--", "--dry-run", "--batch-size", "100"]) == 0
-    (row,) = read_rows("seeds.json").values()
+def test_train_py_runs_in_a_process_and_its_last_results_are_read(workdir, monkeypatch, capsys):
+    (workdir / "train.py").write_text(
+        f"import sys\nsys.path[0] = {str(common.ROOT)!r}\nimport dataset, train\n"
+        f"dataset.SHA256 = {dataset.SHA256!r}\nsys.exit(train.main())\n"
+    )
+    monkeypatch.setattr(common, "ROOT", workdir)
+    assert seeds.main(shlex.split("--recipe fast --seeds 1 -- --dry-run --epochs 2")) == 0
+    row = read_rows("seeds.json")["fast"]
     (path,) = common.BENCHMARKS.glob("seeds/*/seed-0/results.json")
     test = json.loads(path.read_text())["test"]
     for output in ("digit", "sum", "both"):
         assert row["each"][output] == [test[f"{output}_accuracy"]]
     assert row["each"]["consistency"] == [test["consistency"]] and row["dataset"] == "mnist"
     assert row["metrics"]["sum"]["sd"] is None and "(" not in capsys.readouterr().out
-
-
-def test_train_py_runs_in_a_process(workdir, monkeypatch):
-    (workdir / "train.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(common.ROOT)!r})\nimport runpy\nimport dataset\n"
-        f"dataset.SHA256 = {dataset.SHA256!r}\n"
-        f"runpy.run_path({str(common.ROOT / 'train.py')!r}, run_name='__main__')\n"
-    )
-    monkeypatch.setattr(common, "ROOT", workdir)
-    assert seeds.main(["--recipe", "fast", "--seeds", "1", "--", "--dry-run"]) == 0
-    assert read_rows("seeds.json")["fast"]["dataset"] == "mnist"
 
 
 def test_runs_of_other_code_flags_and_machines_are_kept_apart(workdir, monkeypatch):
@@ -149,19 +136,13 @@ def test_wrong_flags_are_refused_before_training(flags, commands, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and not commands
 
 
-def unseen_pairs(*pairs):
+@pytest.mark.parametrize(
+    "pairs, share", [([(3, 5)], 1), ([(9, 9)], 0), ([(9, 9), (3, 5)], 0.5), ([(3, 5), (5, 3)], 1)]
+)
+def test_the_limit_is_the_share_of_pairs_that_follow(pairs, share):
     unseen = torch.zeros(NUM_DIGITS, NUM_DIGITS).bool()
-    for pair in pairs:
-        unseen[pair] = True
-    return unseen
-
-
-def test_the_limit_is_the_share_of_pairs_that_follow():
-    assert heads.limit(unseen_pairs((3, 5))) == 1
-    assert heads.limit(unseen_pairs((9, 9))) == 0  # the only pair with the sum 18
-    assert heads.limit(unseen_pairs((9, 9), (3, 5))) == 0.5
-    only = np.indices((NUM_DIGITS, NUM_DIGITS)).sum(axis=0) != 9  # all but those of the sum 9
-    assert heads.limit(torch.tensor(only)) < 0.2
+    unseen[tuple(zip(*pairs, strict=True))] = True
+    assert heads.limit(unseen) == share  # 9 + 9 is the only pair with the sum 18
 
 
 def test_heads_and_recipes_are_compared_by_unseen_pairs(commands, capsys):
@@ -194,10 +175,8 @@ def test_times_beside_a_busy_process(workdir, monkeypatch):
     monkeypatch.setattr(seeds, "train", train_beside)
     assert busy.main(["--seeds", "2"]) == 0
     results = json.loads((common.BENCHMARKS / "busy.json").read_text())
-    medians = [
-        results[f"{name}, {place}"]["median"]
-        for name, place in itertools.product(("ours", "torch"), ("alone", "beside"))
-    ]
+    names = ("ours, alone", "ours, beside", "torch, alone", "torch, beside")
+    medians = [results[name]["median"] for name in names]
     assert medians == [*times.values()]
     assert len(started) == 4 and all(process.poll() is not None for process in started)
 
