@@ -39,7 +39,7 @@ def forkserver():
 
 def empty_plot(*args):
     """Replaces `plots.run_figures`, which takes long."""
-    return {"loss.png": Figure((1, 1))}
+    return [("loss.png", Figure((1, 1)))]
 
 
 def child(flags, log, mnist, run_figures, prepare):
@@ -50,7 +50,6 @@ def child(flags, log, mnist, run_figures, prepare):
     tqdm.set_lock(threading.RLock())  # its own is shared between processes and survives a kill
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if pytest runs with &
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or with nohup
     if prepare:
         prepare()
     os._exit(train.main(flags))

@@ -1,15 +1,13 @@
 """The choice of device and precision, as far as a machine without a GPU can show it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from training import distributed
+from training import device
+from training.console import UserError
 from training.device import has_fast_bf16, pick_device
-from training.errors import UserError
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+CPU = torch.device("cpu")
 ZEROS = torch.zeros
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
 
@@ -24,12 +22,8 @@ def restored_settings(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def flags(device="auto", precision="fp32", deterministic=False):
-    return SimpleNamespace(device=device, precision=precision, deterministic=deterministic)
-
-
-def pick(device):
-    return pick_device(flags(device))[0]
+def pick(name):
+    return pick_device(name, "fp32")[0]
 
 
 def set_gpus(monkeypatch, count):
@@ -52,8 +46,7 @@ def set_gpus(monkeypatch, count):
 def set_process(monkeypatch, rank, processes):
     """Make this one of several processes."""
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    monkeypatch.setattr(distributed, "rank", lambda: 0)  # prints its warnings
+    monkeypatch.setattr(device, "world_size", lambda: processes)
 
 
 @pytest.mark.parametrize("wish, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
@@ -92,8 +85,7 @@ def test_a_gpu_that_fails_is_replaced_by_the_cpu_but_not_for_one_of_several_proc
 ):
     set_gpus(monkeypatch, 2)
     monkeypatch.setattr(torch, "zeros", zeros)
-    args = flags("cuda")
-    assert pick_device(args)[0] == CPU
+    assert pick("cuda") == CPU
     assert capsys.readouterr().err == f"warning: cuda:0 failed: {cause}: running on the CPU\n"
     set_process(monkeypatch, 1, 2)
     with pytest.raises(UserError, match=f"cuda:1 failed: {cause}.*--device cpu"):
@@ -120,18 +112,10 @@ CAPABILITIES = [({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True},
 @pytest.mark.parametrize("capabilities, fast", CAPABILITIES)
 def test_a_cpu_uses_bf16_if_it_is_fast(monkeypatch, capabilities, fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_fast_bf16(CPU) == fast
-    args = flags(precision="auto")
-    set_gpus(monkeypatch, 0)
-    _, autocast = pick_device(args)
-    assert args.precision == ("bf16" if fast else "fp32")
-    with autocast():
-        assert torch.is_autocast_enabled("cpu") == fast
-
-
-def test_a_torch_that_knows_nothing_of_the_cpu_uses_fp32(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not has_fast_bf16(CPU)
+    assert pick_device("cpu", "auto") == (CPU, "bf16" if fast else "fp32")
+    assert pick_device("cpu", "bf16") == (CPU, "bf16")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # of an older torch
+    assert pick_device("cpu", "auto") == (CPU, "fp32")
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -140,12 +124,13 @@ def test_a_gpu_uses_bf16_unless_it_would_be_emulated(monkeypatch, supported):
         return supported or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert has_fast_bf16(GPU) == supported
+    assert has_fast_bf16(torch.device("cuda:0")) == supported
 
 
-def test_fp32_is_not_rounded_to_tf32_and_deterministic_is_passed_on():
-    for deterministic in (True, False):
-        pick_device(flags("cpu", deterministic=deterministic))
+def test_fp32_is_not_rounded_to_tf32_and_deterministic_is_passed_on(monkeypatch):
+    set_gpus(monkeypatch, 1)
+    for deterministic in (False, True):
+        pick_device("cuda", "fp32", deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark == (not deterministic)
         assert not torch.backends.cudnn.allow_tf32

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.metrics import CURVE_POINTS, Predictions, epoch_metrics
+from training.metrics import CURVE_POINTS, Predictions, train_metrics
 
 
 @pytest.fixture
@@ -54,15 +54,30 @@ def test_confusion_counts_an_image_once_by_its_mean_probability_and_each_of_its_
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_objectives_are_the_divergence_from_the_smoothed_targets(predictions, smoothing):
-    metrics = predictions.metrics(smoothing)
-    for name, log_probs, targets in zip(
-        ("digit", "sum"), predictions[:2], predictions.targets(), strict=True
-    ):
-        classes = log_probs.shape[2]
-        smoothed = (1 - smoothing) * F.one_hot(targets, classes) + smoothing / classes
-        expected = F.kl_div(log_probs, smoothed, reduction="sum").item() / 300
-        assert metrics[f"{name}_objective"] == pytest.approx(expected, rel=1e-4)
+def test_losses_are_the_divergence_from_the_smoothed_targets(predictions, smoothing):
+    targets = predictions.targets()
+    smoothed = [
+        (1 - smoothing) * F.one_hot(target, classes) + smoothing / classes
+        for target, classes in zip(targets, (10, 19), strict=True)
+    ]
+    metrics = predictions._replace(label_smoothing=smoothing).metrics()
+    perfect = Predictions(*(s.log() for s in smoothed), predictions.digits, smoothing).metrics()
+    for name, log_probs, target in zip(("digit", "sum"), predictions[:2], smoothed, strict=True):
+        expected = F.kl_div(log_probs, target, reduction="sum").item() / 300
+        assert metrics[f"{name}_loss"] == pytest.approx(expected, rel=1e-4)
+        assert smoothing == 0 or perfect[f"{name}_loss"] == pytest.approx(0, abs=1e-5)
+
+
+def test_unseen_pairs_are_counted_apart_from_seen_ones(predictions):
+    unseen = torch.rand(10, 10, generator=torch.Generator().manual_seed(4)) < 0.3
+    metrics, counts = predictions._replace(unseen=unseen).metrics(), {True: [], False: []}
+    for i, digit in enumerate(predictions.digits.tolist()):
+        for addend in range(10):
+            correct = int(predictions.sum_log_probs[i, addend].argmax()) == digit + addend
+            counts[bool(unseen[digit, addend])].append(correct)
+    for name, values in (("unseen", counts[True]), ("seen", counts[False])):
+        assert metrics.pop(f"{name}_sum_accuracy") == pytest.approx(sum(values) / len(values))
+    assert metrics == predictions.metrics()
 
 
 def test_the_addition_table_counts_the_sums_of_each_digit_and_addend(predictions):
@@ -102,23 +117,28 @@ def test_wrong_sums_are_those_of_correct_digits_the_most_confident_first(predict
     assert confidences == sorted(confidences, reverse=True)
 
 
-def test_losses_of_an_epoch_are_means_over_images_not_over_batches():
-    batches = torch.tensor([[1, 2, 7, 8, 0.5, 0.25, 1], [5, 6, 9, 9, 1, 0, 1]]).double()
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_an_epoch_are_means_over_images_not_over_batches(smoothing):
+    batches = torch.tensor([[7, 8, 0.5, 0.25, 1], [9, 9, 1, 0, 1]]).double()
     steps = batches * torch.tensor([[4], [1]])  # sums over four images, and over one
-    metrics, curve = epoch_metrics(steps, epoch=3, label_smoothing=0.0)
+    metrics, curve = train_metrics(steps, epoch=3, label_smoothing=smoothing)
+    lowest = []  # the loss of the best prediction possible
+    for classes in (10, 19):
+        target = torch.full((classes,), smoothing / classes)
+        target[0] += 1 - smoothing
+        lowest.append(torch.special.entr(target).sum().item())
     assert metrics == {
-        "digit_loss": pytest.approx((1 * 4 + 5 * 1) / 5),
-        "sum_loss": pytest.approx((2 * 4 + 6 * 1) / 5),
-        "digit_objective": pytest.approx((7 * 4 + 9 * 1) / 5),
-        "sum_objective": pytest.approx((8 * 4 + 9 * 1) / 5),
-        "digit_accuracy": pytest.approx(3 / 5),
-        "sum_accuracy": pytest.approx(1 / 5),
+        "train_digit_loss": pytest.approx((7 * 4 + 9 * 1) / 5 - lowest[0]),
+        "train_sum_loss": pytest.approx((8 * 4 + 9 * 1) / 5 - lowest[1]),
+        "train_digit_accuracy": pytest.approx(3 / 5),
+        "train_sum_accuracy": pytest.approx(1 / 5),
     }
-    assert curve == [(2.5, 7.0, 8.0), (3.0, 9.0, 9.0)]
+    assert [point["epoch"] for point in curve] == [2.5, 3.0]
+    digit = [point["train_digit_loss"] + lowest[0] for point in curve]
+    assert digit == pytest.approx([7, 9])
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 21, 468])
 def test_the_curve_has_its_points_for_any_number_of_steps(steps):
-    _, curve = epoch_metrics(torch.ones(steps, 7).double(), epoch=1, label_smoothing=0.1)
-    assert len(curve) == min(steps, CURVE_POINTS)
-    assert curve[-1][0] == 1.0
+    _, curve = train_metrics(torch.ones(steps, 5).double(), epoch=1, label_smoothing=0.1)
+    assert len(curve) == min(steps, CURVE_POINTS) and curve[-1]["epoch"] == 1.0
