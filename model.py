@@ -157,16 +157,17 @@ class ComplexNumbers(nn.Module):
     def __init__(self, num_features):
         super().__init__()
         self.digit = nn.Linear(num_features, NUM_DIGITS)
-        # Real and imaginary parts. With larger numbers at the start, it learns pairs by heart.
-        self.numbers = nn.Parameter(0.1 * torch.randn(2, NUM_SUMS, self.components))
+        # Real and imaginary parts. Small at the start, since large numbers learn pairs by heart,
+        # and scaled by 20 when they are used, so that a step of the optimizer changes them faster.
+        self.numbers = nn.Parameter(0.01 * torch.randn(2, NUM_SUMS, self.components))
 
     def forward(self, features, addend):
         digit_logits = self.digit(features)  # (B, 10)
-        real, imag = self.numbers  # (19, C) each
+        real, imag = 20 * self.numbers  # (19, C) each
         a, b = (F.softmax(digit_logits, dim=1) @ part[:NUM_DIGITS] for part in (real, imag))
         c, d = (addend @ part[:NUM_DIGITS] for part in (real, imag))
         # (a + bi) (c + di), and its inner product with each number; (B, C), then (B, 19)
-        return digit_logits, 10 * ((a * c - b * d) @ real.T + (a * d + b * c) @ imag.T)
+        return digit_logits, (a * c - b * d) @ real.T + (a * d + b * c) @ imag.T
 
 
 class OuterProduct(nn.Module):

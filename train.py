@@ -186,12 +186,15 @@ def make_datasets(data, recipe, unseen, seed, dry_run, device):
 
 def make_optimizer(model, recipe):
     """The optimizer of a recipe; `train_epoch` sets its learning rate at each step."""
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    options["fused"] = next(model.parameters()).device.type in ("cpu", "cuda")
+    parameters = dict(model.named_parameters())
+    numbers = [parameters.pop(name) for name in [*parameters] if name.endswith("head.numbers")]
+    groups = [{"params": [*parameters.values()], "weight_decay": recipe.weight_decay}]
+    groups.append({"params": numbers, "weight_decay": recipe.numbers_decay})
+    options = {"lr": recipe.lr, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
     if recipe.optimizer == "SGD":
-        return torch.optim.SGD(model.parameters(), momentum=recipe.momentum, **options)
+        return torch.optim.SGD(groups, momentum=recipe.momentum, **options)
     betas = recipe.momentum, recipe.beta2
-    return getattr(torch.optim, recipe.optimizer)(model.parameters(), betas=betas, **options)
+    return getattr(torch.optim, recipe.optimizer)(groups, betas=betas, **options)
 
 
 if __name__ == "__main__":

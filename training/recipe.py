@@ -46,6 +46,9 @@ class Recipe:
     batch_size: int = setting("images per step", Number(int, 2, 100_000))
     lr: float = setting("peak learning rate", Number(float, 1e-9, 100))
     weight_decay: float = setting("weight decay", Number(float, 0, 10), 0.01)
+    numbers_decay: float = setting(
+        "weight decay of ComplexNumbers' table", Number(float, 0, 100), 10.0
+    )
     label_smoothing: float = setting("label smoothing", Number(float, 0, 0.9), 0.1)
     val_size: int = setting("training images held out for validation", Number(int, 0, 59_999), 0)
     unseen_pairs: int = setting(
