@@ -18,7 +18,6 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +28,12 @@ from jobs import Job
 from test_train import FAST, one_line, read_json, rows, without_seconds
 
 import dataset
+import synthetic
 import train
 from model import build_model
 from recipes import RECIPES
-from training import files, run
+from training import files
 from training.checkpoint import LAST, load_checkpoint
-
-resource = pytest.importorskip("resource", reason="this system has no resource limits")
 
 ALL = "TRY_ALL_FAULTS" in os.environ  # set by `main`
 RUN = [*FAST, "--epochs", 6, "--val-size", 400, "--output-dir", "run"]
@@ -52,7 +50,7 @@ def plain(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if "seconds" not in str(k)}
+        return {k: plain(v) for k, v in value.items() if not re.search("seconds|^time$", str(k))}
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -79,7 +77,9 @@ class Reference(NamedTuple):
 def uninterrupted():
     assert Job("--bogus").end()[0] == 2  # the first process takes longer
     start = time.monotonic()
-    job = Job(*RUN, "--output-dir", "reference", prepare=functools.partial(kill_in_write, None, 0))
+    job = Job(
+        *RUN, "--output-dir", "reference", prepare=functools.partial(fail_in_write, kill, None, 0)
+    )
     assert job.end()[0] == 0
     seconds, writes = time.monotonic() - start, int(Path("writes").read_text())
     return Reference(saved("reference"), Path("reference", LAST).read_bytes(), seconds, writes)
@@ -93,27 +93,26 @@ def assert_continues():
     assert saved() == uninterrupted().saved
 
 
-def slow_plots(*args):
-    """Replaces `plots.run_figures`: lasts until a file "end" exists."""
-    print("drawing", flush=True)
-    while not Path("end").exists():
-        time.sleep(0.01)
-    print("drawn", flush=True)
-    return {}
-
-
 @tries(2, 30)
 def test_kill_9_at_a_random_time(workdir, seed):
     seconds = uninterrupted().seconds
-    job = Job(*RUN, run_figures=slow_plots)
+    job = Job(*RUN)
     time.sleep(random.Random(seed).uniform(0, seconds))
     job.signal(signal.SIGKILL)
     assert job.end()[0] == 137
     assert_continues()
 
 
-def kill_in_write(number, share):
-    """Kill the process in its write of that number, when this share of the file is written."""
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space():
+    raise OSError(28, "No space left on device")
+
+
+def fail_in_write(fail, number, share):
+    """Call `fail` in the write of that number, when this share of the file is written."""
     numbers = itertools.count(1)
 
     class File(io.FileIO):
@@ -123,18 +122,31 @@ def kill_in_write(number, share):
             if count != number:
                 return super().write(content)
             super().write(content[: int(share * len(content))])
-            os.kill(os.getpid(), signal.SIGKILL)
+            fail()
 
     files.open = File
 
 
-@tries(2, 30)
-def test_kill_9_during_a_write(workdir, seed):
+def run_failing_in_write(fail, seed):
+    """RUN with a fault in one of its writes, each in turn; returns what its job returns."""
     draw = random.Random(seed)
     share = draw.choice([0, draw.random(), 1])
-    number = 1 + (17 + 11 * seed) % uninterrupted().writes  # each in turn
-    assert Job(*RUN, prepare=functools.partial(kill_in_write, number, share)).end()[0] == 137
+    number = 1 + (17 + 11 * seed) % uninterrupted().writes
+    return Job(*RUN, prepare=functools.partial(fail_in_write, fail, number, share)).end()
+
+
+@tries(2, 30)
+def test_kill_9_during_a_write(workdir, seed):
+    assert run_failing_in_write(kill, seed)[0] == 137
     assert list(Path("run").glob(".*.tmp"))
+    assert_continues()
+
+
+@tries(3, 30)
+def test_a_full_disk(workdir, seed):
+    status, _, err = run_failing_in_write(no_space, seed)
+    assert status == 1 and one_line(err) and "No space left" in err, err
+    assert not list(Path().glob("run/.*.tmp"))
     assert_continues()
 
 
@@ -154,85 +166,11 @@ def test_a_signal_at_a_random_time(workdir, signum, seed):
     assert_continues()
 
 
-@SIGNALS
-@tries(1, 5)
-def test_a_second_signal(workdir, signum, seed):
-    job = Job(*RUN, run_figures=slow_plots)
-    job.wait_for(f"epoch {seed + 1}/6")
-    job.signal(signum)
-    job.wait_for("interrupted", "err")  # two signals at once would be one
-    job.signal(signum)
-    status, out, _ = job.end()
-    assert status == 128 + signum and "drawn" not in out
-    assert_continues()
-
-
-def fill_disk(name, number):
-    """From the write of that number of a file on, there is space for half of it."""
-    numbers, write = itertools.count(1), run.Run.write
-
-    def limited(self, file, content):
-        if file == name and next(numbers) == number:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, resource.RLIM_INFINITY))
-        write(self, file, content)
-
-    run.Run.write = limited
-
-
-@tries(3, 18)
-def test_a_full_disk(workdir, seed):
-    name = [LAST, "loss.png", "metrics.csv", "best.pt", "results.json", "args.json"][seed % 6]
-    number = 1 if name in ("loss.png", "results.json") else 1 + seed // 6
-    status, _, err = Job(*RUN, prepare=functools.partial(fill_disk, name, number)).end()
-    assert status == 1 and one_line(err) and name in err, err
-    assert Path("run").exists() == err.endswith("; resume with: python train.py --resume run\n")
-    assert_continues()
-
-
-def fill_stdout():
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_for_stdout(workdir):
-    status, _, err = Job(*RUN, prepare=fill_stdout).end()
-    assert status == 1 and one_line(err) and "No space left" in err, err
-    assert_continues()
-
-
-@tries(1, 5)
-def test_four_processes_that_download(workdir, mirror, monkeypatch, seed):
-    get, requests = mirror.do_GET, []
-
-    def slow_get(handler):
-        requests.append(handler.path)
-        time.sleep(0.1)
-        get(handler)
-
-    monkeypatch.setattr(mirror, "do_GET", slow_get)
-    flags = [*FAST, "--dry-run", "--dataset", "mnist", "--data-dir", "new"]
-    ends = [job.end() for job in [Job(*flags) for _ in range(4)]]
-    assert all(status == 0 for status, _, _ in ends)
-    assert len(requests) <= 2 * len(dataset.SHA256)  # torchvision asks twice for a file
-    assert {path.name for path in Path("new/MNIST/raw").iterdir()} == set(dataset.SHA256)
-
-
 @tries(1, 5)
 def test_four_processes_that_create_a_directory(workdir, seed):
     ends = [job.end() for job in [Job(*FAST, "--dry-run") for _ in range(4)]]
     assert [(status, err) for status, _, err in ends] == [(0, "")] * 4
     assert len({out.splitlines()[-1] for _, out, _ in ends}) == 4 == len(os.listdir("runs"))
-
-
-@tries(1, 5)
-def test_two_processes_in_one_directory(workdir, seed):
-    assert Job(*RUN, prepare=functools.partial(kill_in_write, 10, 0.5)).end()[0] == 137
-    jobs = [Job("--resume", "run", run_figures=slow_plots) for _ in range(2)]
-    assert wait([job.process.sentinel for job in jobs], 120)  # until one of them has ended
-    Path("end").touch()
-    (first, _, _), (second, _, err) = sorted(job.end() for job in jobs)
-    assert (first, second) == (0, 1) and one_line(err) and "another process" in err, err
-    assert_continues()
 
 
 # In this process, with few images
@@ -248,9 +186,9 @@ def few(job, monkeypatch):
             part.data, part.targets = part.data[:count], part.targets[:count]
         return source
 
-    load_data, synthetic = train.load_data, dataset.synthetic_mnist
+    load_data, make = train.load_data, synthetic.synthetic_mnist
     monkeypatch.setattr(train, "load_data", load)
-    monkeypatch.setattr(dataset, "synthetic_mnist", lambda split, count: synthetic(split, 20))
+    monkeypatch.setattr(synthetic, "synthetic_mnist", lambda split, count: make(split, 20))
     return functools.partial(job, "--batch-size", 10, "--device", "cpu")
 
 
@@ -266,13 +204,13 @@ def interrupt_at(monkeypatch, number):
 
         return interrupted
 
-    for owner, name in ((dataset.MNISTSum, "batch"), (train, "evaluate"), (run, "write_atomic")):
+    for owner, name in ((dataset.MNISTSum, "batch"), (train, "evaluate"), (os, "replace")):
         monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
     return numbers
 
 
 EPOCHS = 6 if ALL else 2
-SIMILAR = {"shared-trunk-slow", "concat-linear", "ensemble"}  # have a state as other recipes
+SIMILAR = {"outer-product", "shared-trunk-slow", "concat-linear"}  # have a state as others
 CASES = list(itertools.product([name for name in RECIPES if name not in SIMILAR], [0, 10]))
 SOME_CASES = [("default", 10), ("fast", 0), ("toy", 0)]
 
@@ -309,7 +247,8 @@ def test_extending_a_finished_run(few):
 
 CHANGES = """
 --recipe default; --seed 1; --val-size 10; --addends once; --dataset synthetic; --lr 0.5;
---batch-size 5; --weight-decay 0.5; --deterministic; --dry-run; --output-dir other; --epochs 1
+--batch-size 5; --head OuterProduct; --deterministic; --dry-run; --output-dir other; --epochs 1;
+--unseen-pairs 10
 """
 
 
@@ -365,23 +304,10 @@ def other_network():
     return RECIPES["default"].encoder, RECIPES["default"].head
 
 
-def with_flag(state, name, value):
-    return state | {"flags": state["flags"] | {name: value}}
-
-
-def with_optimizer(checkpoint, **parts):
-    return checkpoint | {"optimizer": checkpoint["optimizer"] | parts}
-
-
-def with_option(state, name, value):
-    groups = [group | {name: value} for group in state["optimizer"]["param_groups"]]
-    return with_optimizer(state, param_groups=groups)
-
-
-def shortened(state):
-    """The optimizer's state with other shapes, which a fused kernel would read out of bounds."""
-    states = state["optimizer"]["state"].items()
-    return {index: {k: v.flatten()[:1] for k, v in values.items()} for index, values in states}
+def with_optimizer(checkpoint, change):
+    states = checkpoint["optimizer"]["state"].items()
+    state = {index: {k: change(v) for k, v in values.items()} for index, values in states}
+    return checkpoint | {"optimizer": checkpoint["optimizer"] | {"state": state}}
 
 
 # What can replace a file: name -> function(path, old content, random numbers)
@@ -408,25 +334,14 @@ FOREIGN = {
         lambda state: state | {"network": build_model(*other_network()).state_dict()}
     ),
     "other recipe": edited(lambda state: state | {"flags": state["flags"] | {"recipe": "gone"}}),
-    "other types": edited(lambda state: state | {"flags": None, "history": None}),
-    "no curve": edited(lambda state: {k: v for k, v in state.items() if k != "curve"}),
-    "other curve": edited(lambda state: state | {"curve": [1]}),
-    "no flags": edited(lambda state: state | {"flags": {}}),
-    "no epochs": edited(lambda state: state | {"history": []}),
-    "other epochs": edited(lambda state: state | {"history": state["history"][1:]}),
-    "no columns": edited(lambda state: state | {"history": [{"epoch": 1}]}),
-    "endless": edited(lambda state: state | {"seconds": float("inf")}),
-    "other precision": edited(lambda state: with_flag(state, "precision", "fp8")),
-    "unknown flag": edited(lambda state: with_flag(state, "bogus", 1)),
-    "no state": edited(lambda state: with_optimizer(state, state={})),
-    "no groups": edited(lambda state: with_optimizer(state, param_groups=[])),
-    "other shapes": edited(lambda state: with_optimizer(state, state=shortened(state))),
-    "other options": edited(lambda state: with_option(state, "betas", (0.9, 2.0))),
-    "other direction": edited(lambda state: with_option(state, "maximize", True)),
+    "older": edited(lambda state: {k: v for k, v in state.items() if k != "format"}),
+    "no state": edited(lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}}),
+    "other shapes": edited(lambda state: with_optimizer(state, lambda v: v.flatten()[:1])),
 }
+FILES = [f"{p}-{k}-ubyte" for p in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
 
 
-@pytest.mark.parametrize("name", sorted(dataset.SHA256) if ALL else ["train-images-idx3-ubyte"])
+@pytest.mark.parametrize("name", FILES if ALL else FILES[:1])
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_data_file(few, data_dir, harm, name):
     path = data_dir / "MNIST" / "raw" / name
@@ -434,7 +349,7 @@ def test_a_damaged_data_file(few, data_dir, harm, name):
     path.unlink()
     HARMS[harm](path, old, random.Random(name))
     status, out, err = few("--recipe", "fast", "--dataset", "mnist")
-    assert (status, out) == (1, "") and one_line(err) and name in err, err
+    assert (status, out) == (1, "") and one_line(err), err
     assert not Path("runs").exists()
 
 
@@ -456,34 +371,20 @@ def test_a_file_that_is_not_a_checkpoint(job, harm):
     assert_refused_or_equal(job)
 
 
-SKIPPED = ["truncated", "empty", "unreadable", "directory", "pickle", "malicious", "list"]
-SKIPPED += [
-    "no curve",
-    "no flags",
-    "no epochs",
-    "no columns",
-    "endless",
-    "other precision",
-    "other recipe",
-]
-
-
 def test_such_files_are_skipped_in_the_list_of_runs(job):
-    for i, name in enumerate(["good", *SKIPPED]):
+    for name in ("good", *HARMS, "pickle", "malicious", "list", "older", "other recipe"):
         path = Path("runs", name, LAST)
         path.parent.mkdir(parents=True)
         path.write_bytes(uninterrupted().checkpoint)
-        if name in SKIPPED:
+        if name not in ("good", "extended", "flipped"):  # these may still be read
             path.unlink()
             (HARMS | FOREIGN)[name](path, uninterrupted().checkpoint, random.Random(0))
-        os.utime(path, (i, i))
     status, out, err = job("--resume", "--eval-only")
-    assert status == 0 and out.startswith("run      runs/good/last.pt"), err
-    assert "Traceback" not in err
-    assert not Path("executed").exists()
+    assert status == 0 and out.startswith("run      runs/"), err
+    assert "Traceback" not in err and not Path("executed").exists()
 
 
-@tries(30, 1000)
+@tries(15, 1000)
 def test_a_damaged_checkpoint(job, seed):
     old, draw = uninterrupted().checkpoint, random.Random(seed)
     anywhere = draw.randrange(len(old))
@@ -497,8 +398,9 @@ def test_a_damaged_checkpoint(job, seed):
 
 
 VALID = """
---recipe fast default; --epochs 1 5000; --batch-size 5 8 20; -b 10; --lr 0.01 1e-9;
---weight-decay 0 0.1; --addends each-epoch once; --val-size 0 10; --seed 0 4294967295;
+--recipe fast default; --epochs 1 5000; --head OuterProduct SharedTrunk; --unseen-pairs 0 75; --batch-size 5 8 20; -b 10; --lr 0.01 1e-9;
+--label-smoothing 0; --optimizer SGD Adam;
+--addends each-epoch once; --val-size 0 10; --seed 0 4294967295;
 --dataset auto mnist synthetic; --data-dir data elsewhere; --device auto cpu cuda:99;
 --precision auto fp32; --output-dir here ünï; --resume runs/none; --eval-only;
 --deterministic; --dry-run; --bogus; stray
@@ -518,7 +420,7 @@ def command_line(draw):
     return [*line, "--dry-run", "--quiet"]
 
 
-@tries(40, 600)
+@tries(25, 600)
 def test_a_random_command_line(few, tmp_path, monkeypatch, seed):
     monkeypatch.setenv("HOME", str(tmp_path))  # for ~
     siblings = set(tmp_path.parent.iterdir())
