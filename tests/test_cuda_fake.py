@@ -56,11 +56,9 @@ def zero_gradients(parameters):
 
 
 def fake_mnist(*args):
-    sets = []
-    for count in (12_000, 1_000):
-        data, targets = torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count).long()
-        sets.append(SimpleNamespace(data=data, targets=targets))
-    return SimpleNamespace(name="mnist", train=sets[0], test=sets[1])
+    data, targets = torch.zeros(12_000, 28, 28, dtype=torch.uint8), torch.zeros(12_000).long()
+    part = SimpleNamespace(data=data, targets=targets)
+    return SimpleNamespace(name="mnist", train=part, test=part)
 
 
 # One recipe for each encoder and each head.
@@ -72,47 +70,42 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES.split())
 def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, monkeypatch):
     """train.py with two epochs of three batches, and an evaluation after each."""
-    parameters, inputs, features, logits, plotted, saved = [], [], [], [], [], []
+    computed, features, logits, reported = [], [], [], []
 
     def move_model(model, device):
         model = build_on(device, RECIPES[name])
-        parameters.extend(model.parameters())
+        computed.extend(model.parameters())
+        model.encoder.register_forward_pre_hook(lambda module, args: computed.extend(args))
         model.encoder.register_forward_hook(lambda *call: features.append(call[-1]))
         model.head.register_forward_hook(lambda *call: logits.extend(call[-1]))
-        model.encoder.register_forward_pre_hook(lambda module, args: inputs.extend(args))
         return model
 
-    def backward(loss):
-        assert (loss.device, loss.dtype, loss.shape) == (GPU, torch.float32, ())
-        zero_gradients(parameters)
-
     def train_metrics(steps, epoch, label_smoothing):
-        assert (steps.device, steps.dtype, steps.shape) == (CPU, torch.float64, (3, 5))
+        reported.append(steps)
         return {f"train_{metric}": 0.5 for metric in TRAIN_METRICS}, []
 
     def eval_metrics(predictions):
-        assert devices(predictions) == {CPU}
-        assert [part.shape for part in predictions[:3]] == [(200, 10, 10), (200, 10, 19), (200,)]
+        reported.extend(predictions)
         return dict.fromkeys(EVAL_METRICS, 0.5)
 
     monkeypatch.setattr(train, "load_data", fake_mnist)
     monkeypatch.setattr(train, "draw_unseen", lambda *args: torch.zeros(10, 10).bool())
     monkeypatch.setattr(train, "move_model", move_model)
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: computed.append(loss))
     for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         monkeypatch.setattr(optimizer, "step", lambda self: None)
     monkeypatch.setattr(train, "train_metrics", train_metrics)
     monkeypatch.setattr(Predictions, "metrics", eval_metrics)
     monkeypatch.setattr(Predictions, "mistakes", lambda *args: [])
-    monkeypatch.setattr(plots, "run_figures", lambda *args: plotted.extend(args) or [])
-    monkeypatch.setattr(Run, "save_epoch", lambda run, model, *args: saved.append(model))
+    monkeypatch.setattr(plots, "run_figures", lambda *args: reported.extend(args) or [])
+    monkeypatch.setattr(Run, "save_epoch", lambda *args: None)
     flags = "--device cuda --dry-run --epochs 2 --unseen-pairs 30 --quiet"
     assert train.main(["--recipe", name, *flags.split()]) == 0
 
-    assert devices(parameters) == devices(inputs) == devices(features) == devices(logits) == {GPU}
+    assert devices(computed) == devices(features) == devices(logits) == {GPU}
     assert {output.dtype for output in features} == {torch.bfloat16}
     assert {output.dtype for output in logits} == {torch.float32}
-    assert devices(plotted) == {CPU} and len(saved) == 2
+    assert devices(reported) == {CPU}
     results = json.loads(Path("runs", f"{name}-dry-run", "results.json").read_text())
     assert (results["device"], results["precision"]) == ("cuda:0", "bf16")
 

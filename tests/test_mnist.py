@@ -68,8 +68,6 @@ def respond(handler, length, body):
 
 FAULTS = {
     "truncated": lambda handler: respond(handler, 1000, b"\x1f\x8b" + bytes(100)),
-    "other content": lambda handler: respond(handler, 5, b"other"),
-    "connection closed": lambda handler: handler.connection.close(),
     "no answer": lambda handler: time.sleep(1),
     "not found": lambda handler: handler.send_error(404),
 }

@@ -1,14 +1,9 @@
 """What the plots of a run say."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from dataset import draw_unseen
 from model import ComplexNumbers
@@ -106,31 +101,3 @@ def test_the_learned_numbers_are_drawn_where_they_lie_the_largest_first():
         assert [text.get_text() for text in plane.texts] == [str(n) for n in range(19)]
         places = torch.tensor([text.get_position() for text in plane.texts])
         torch.testing.assert_close(places, numbers[:, :, component].T)
-
-
-def test_each_row_of_a_prediction_has_its_title():
-    image, pixels = Image.new("RGB", (40, 40)), torch.zeros(28, 28).byte().numpy()
-    digits, sums = torch.full((10,), 0.1), torch.full((19,), 1 / 19)
-    titles = ["one", r"two $\wrong$.png"]  # no formula
-    figure = plots.prediction_figure([(image, pixels, digits, sums, title) for title in titles])
-    assert [row.get_suptitle() for row in figure.subfigs] == titles
-    assert plots.as_png(figure)
-
-
-LATE_IMPORTS = """
-import sys
-from matplotlib.figure import Figure
-from training import plots
-
-before = set(sys.modules)
-plots.as_png(Figure())
-paths = [getattr(sys.modules[name], "__file__", None) or "" for name in {*sys.modules} - before]
-print(*[path for path in paths if "matplotlib" in path and not path.endswith(".py")])
-"""
-
-
-def test_what_plots_need_is_imported_before_training():
-    # Ctrl-C in the import of an extension module can become an ImportError at the end of a run.
-    command = [sys.executable, "-c", LATE_IMPORTS]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, "\n"), result

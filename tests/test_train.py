@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -11,14 +12,13 @@ import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import conftest
 import pytest
 import torch
-from conftest import TOY, TRAIN_IMAGES
+from conftest import TRAIN_IMAGES
 from jobs import Job
 from PIL import Image
 
@@ -71,6 +71,13 @@ def one_line(err):
     return re.fullmatch(r"((?!error: |Traceback)\S[^\n]*\n)*error: [^\n]+\n", err) is not None
 
 
+def refused(job, status, *flags):
+    """The line of the error with which a job fails before it prints anything else."""
+    found, out, err = job(*flags)
+    assert (found, out) == (status, "") and one_line(err), err
+    return err
+
+
 def interrupt_in(monkeypatch, module, name, number=1):
     """Ctrl-C the nth time that a function is called."""
 
@@ -101,25 +108,19 @@ def recorded_pairs(monkeypatch):
 def test_output_and_files_of_a_run(job_with_plots):
     status, out, err = job_with_plots(*FAST, "--epochs", 3)
     assert (status, err) == (0, "")
-    files = {*PLOTS, "last.pt", "args.json", "metrics.csv", "results.json"}
-    files |= {"mistakes.csv", "log.txt"}
-    assert {path.name for path in Path("runs/fast").iterdir()} == files
+    files = "last.pt args.json metrics.csv results.json mistakes.csv log.txt".split()
+    assert {path.name for path in Path("runs/fast").iterdir()} == {*PLOTS, *files}
 
     history = rows("runs/fast")
     assert list(history[0]) == COLUMNS
     assert [row["epoch"] for row in history] == ["1", "2", "3"]
-    for row in history:
-        assert all(math.isfinite(float(value)) for value in row.values())
-        assert all(0 <= float(row[name]) <= 1 for name in COLUMNS if "accuracy" in name)
+    assert all(math.isfinite(float(value)) for row in history for value in row.values())
     assert float(history[-1]["train_digit_loss"]) < float(history[0]["train_digit_loss"])
-
     results = read_json("runs/fast")
     assert {*results} == {*RESULTS.split(), "test", "train_seconds"}
     assert results["dataset"] == "mnist" and results["epochs"] == 3 and results["note"] == ""
-    assert results["precision"] in ("fp32", "bf16")
     for name in [*METRICS, "both_accuracy", "consistency"]:
         assert results["test"][name] == float(history[-1][f"test_{name}"])
-    assert results["train_seconds"] > 0
     assert "/" not in json.dumps(results)  # no paths
     assert read_json("runs/fast", "args.json")["command"].endswith("--epochs 3")
 
@@ -130,11 +131,8 @@ def test_output_and_files_of_a_run(job_with_plots):
     for name in PLOTS:
         with Image.open(f"runs/fast/{name}") as plot:
             assert plot.width == 1500 and plot.convert("L").getextrema()[0] < 100
-
     checkpoint = torch.load("runs/fast/last.pt", weights_only=True)
-    assert [row["epoch"] for row in checkpoint["history"]] == [1, 2, 3]
-    assert len(checkpoint["curve"]) == 3 * TRAIN_IMAGES / 100
-    assert not load_model("runs/fast")[0].training
+    assert len(checkpoint["history"]) == 3 and len(checkpoint["curve"]) == 3 * TRAIN_IMAGES / 100
 
 
 def test_log_txt_has_the_commands_and_all_lines_of_each_invocation(job):
@@ -160,30 +158,6 @@ def test_quiet_prints_one_line_and_a_dry_run_is_short_and_marked(job):
     assert "300 train" in Path("runs/default-dry-run/log.txt").read_text()
 
 
-SIMILAR = {"outer-product", "shared-trunk-slow", "concat-linear"}  # as others, for what is tested
-MORE = {"dropout": dataclasses.replace(TOY, encoder=conftest.toy_with_dropout)}
-
-
-@pytest.mark.parametrize("name", [n for n in [*RECIPES, *MORE] if n not in SIMILAR])
-def test_every_recipe_repeats_and_resumes_bit_for_bit(job, monkeypatch, name):
-    monkeypatch.setitem(RECIPES, name, (RECIPES | MORE)[name])
-    monkeypatch.setattr(train, "DRY_RUN_IMAGES", 10)
-    flags = "--dry-run --batch-size 4 --val-size 0 --epochs 2 --quiet --device cpu".split()
-    flags = ["--recipe", name, *flags, "--output-dir"]
-    assert job(*flags, "one")[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_in(patch, dataset.MNISTSum, "batch", number=5)  # in the second epoch
-        assert job(*flags, "two")[0] == 130
-    assert job("--resume", "two")[0] == 0
-    assert_equal_runs("one", "two")
-
-
-def test_runs_with_different_seeds_differ(job):
-    for seed in (0, 1):
-        job(*FAST, "--seed", seed, "--output-dir", f"seed{seed}")
-    assert without_seconds("seed0") != without_seconds("seed1")
-
-
 def test_32_images_can_be_memorized(job, monkeypatch):
     few = torch.arange(32)
     monkeypatch.setattr(train, "split_indices", lambda count, val_size, seed: (few, few[:0]))
@@ -195,7 +169,9 @@ def test_32_images_can_be_memorized(job, monkeypatch):
 
 
 def test_best_pt_is_the_best_on_the_validation_split(job):
-    status, out, _ = job(*FAST, "--epochs", 4, "--val-size", 150, "--lr", 2, "--precision", "fp32")
+    status, out, _ = job(
+        *FAST, "--epochs", 4, "--val-size", 150, "--lr", 0.3, "--precision", "fp32"
+    )
     assert status == 0 and "450 train, 150 val, 200 test" in out
     accuracies = [float(row["val_both_accuracy"]) for row in rows("runs/fast")]
     best = accuracies.index(max(accuracies)) + 1
@@ -288,8 +264,9 @@ def test_own_recipes_and_their_parts_are_offered_by_help(job, monkeypatch, capsy
 
 USAGE = """
 --epochs 0; --epochs 2.5; --epochs many; --batch-size -1; --lr nan; --seed 4294967296;
---val-size 600; --dataset cifar; --device tpu; --recipe none; --epoch 3; --bogus; stray; --eval-only;
---resume x --output-dir y; --batch-size 1; --val-size 599; --recipe concat-mlp --batch-size 601;
+--val-size 600; --dataset cifar; --device tpu; --recipe none; --epoch 3; --bogus; stray;
+--eval-only; --resume x --output-dir y; --batch-size 1; --val-size 599;
+--recipe concat-mlp --batch-size 601;
 --unseen-pairs 76; --label-smoothing 1; --head toy; --optimizer sgd; --schedule =; --std 0;
 --data-dir=; --output-dir=
 """
@@ -297,8 +274,7 @@ USAGE = """
 
 @pytest.mark.parametrize("flags", [*map(str.strip, USAGE.split(";"))])
 def test_wrong_usage_is_one_line_and_status_2(job, flags):
-    status, out, err = job(*flags.split())
-    assert (status, out) == (2, "") and one_line(err), err
+    refused(job, 2, *flags.split())
     assert os.listdir() == ["data"]
 
 
@@ -309,8 +285,7 @@ def unflattened():
 def test_an_encoder_that_does_not_flatten_is_one_line(job, monkeypatch):
     recipe = dataclasses.replace(RECIPES["fast"], encoder=unflattened)
     monkeypatch.setitem(RECIPES, "unflattened", recipe)
-    status, out, err = job("--recipe", "unflattened")
-    assert status and out == "" and one_line(err) and "must return (B, F)" in err
+    assert "must return (B, F)" in refused(job, 1, "--recipe", "unflattened")
     assert os.listdir() == ["data"]
 
 
@@ -359,18 +334,13 @@ def test_synthetic_digits_are_marked_everywhere(job, workdir, monkeypatch):
 def test_a_directory_that_is_given_has_mnist_or_is_an_error(job, workdir, monkeypatch):
     Path("file").touch()
     for name in ("nowhere", "file"):
-        status, out, err = job(*FAST, "--data-dir", name)
-        assert (status, out) == (1, "") and one_line(err) and os.path.abspath(name) in err
+        assert os.path.abspath(name) in refused(job, 1, *FAST, "--data-dir", name)
     assert not any(path.is_file() for path in Path("nowhere").rglob("*"))
     assert not Path("runs").exists()
     monkeypatch.setenv("HOME", str(workdir))
     status, out, _ = job(*FAST, "--dry-run", "--data-dir", "~/data", "--output-dir=~/run")
     assert status == 0 and "mnist: " in out and not Path("~").exists()
     assert job("--resume=~/run", "--eval-only")[0] == 0 and Path("run/last.pt").exists()
-
-
-def test_a_last_batch_of_one_image_is_left_out(job):  # batch normalization fails on it
-    assert job("--recipe", "fast", "--batch-size", 599, "--device", "cpu")[0] == 0
 
 
 # Terminal and environment
@@ -393,23 +363,13 @@ def test_training_in_another_thread_and_with_a_closed_stderr(job, monkeypatch):
         assert pool.submit(job, *FAST, "--dry-run", "--quiet").result()[0] == 0
 
 
-def show_on(terminal):
-    """Make the terminal stderr."""
-    os.dup2(os.open(terminal, os.O_RDWR), 2)
-
-
-def test_the_progress_bar_disappears_when_it_is_done(workdir):
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    job = Job(*FAST, "--epochs", 2, prepare=partial(show_on, os.ttyname(theirs)))
-    status, out, _ = job.end()
-    os.set_blocking(ours, False)
-    shown = os.read(ours, 100_000)
-    os.close(ours)
-    os.close(theirs)
-    assert status == 0 and out.count("\nepoch") == 2
-    assert b"/12 " in shown and shown.endswith(b"\r") and b"\n" not in shown  # 12 steps
+def test_the_progress_bar_disappears_when_it_is_done(job, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert job(*FAST, "--epochs", 2)[0] == 0
+    shown = terminal.getvalue()
+    assert "/12 " in shown and shown.endswith("\r") and "\n" not in shown  # 12 steps
 
 
 def close_stdout():

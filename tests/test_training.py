@@ -11,12 +11,10 @@ import torch.nn.functional as F
 
 import train
 from dataset import MNISTSum
-from handwriting.predictor import load_model
 from model import build_model
 from published.models import ConcatMLP
 from recipes import RECIPES, Recipe
 from synthetic import synthetic_mnist
-from training.console import UserError
 from training.recipe import constant
 
 PROGRESS = SimpleNamespace(update=lambda: None)
@@ -95,28 +93,3 @@ def test_evaluation_pairs_each_image_with_every_addend_and_does_not_change_the_m
             expected = model(image, F.one_hot(torch.tensor([addend]), 10).float())
         for ours, theirs in zip(predictions[:2], expected, strict=True):
             torch.testing.assert_close(ours[index, addend], theirs[0], atol=1e-5, rtol=1e-4)
-
-
-def test_the_model_of_a_run_is_loaded_from_its_directory_or_checkpoint(job, monkeypatch):
-    job("--recipe", "fast", "--batch-size", 300, "--device", "cpu", "--output-dir", "run")
-    for path in ("run", "run/last.pt"):
-        model, checkpoint = load_model(path)
-        assert not model.training and len(checkpoint["history"]) == 1
-        for name, value in model.state_dict().items():
-            assert torch.equal(checkpoint["network"][name], value)
-    test_set = MNISTSum(synthetic_mnist("test", 200), "test")
-    metrics = train.evaluate(model, {"test": test_set}, FP32)["test"].metrics()
-    for name in ("digit_accuracy", "sum_accuracy"):
-        assert metrics[name] == pytest.approx(checkpoint["history"][0][f"test_{name}"], abs=0.01)
-
-    def wider():
-        return torch.nn.Sequential(encoder(), torch.nn.Linear(256, 300))
-
-    encoder = RECIPES["fast"].encoder
-    wider.__name__ = encoder.__name__  # the code has changed
-    changed = {n: replace(r, encoder=wider) for n, r in RECIPES.items() if r.encoder is encoder}
-    for recipes in (changed, changed.fromkeys(changed, replace(RECIPES["tiny"], head=ConcatMLP))):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="^[^\n]*$"):
-            for name, recipe in recipes.items():
-                patch.setitem(RECIPES, name, recipe)
-            load_model("run")
