@@ -16,6 +16,7 @@ def write_atomic(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
+    finally:  # also after Ctrl-C
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror})") from error

@@ -132,8 +132,9 @@ class Run:
             # It must never be next to a longer history.
             (self.path / "results.json").unlink(missing_ok=True)
             self.write(LAST, buffer.getbuffer())
-            self.save_tables(history)
         self.saved_epochs = len(history)
+        if rank() == 0:
+            self.save_tables(history)
 
     def save_tables(self, history):
         """Write metrics.csv and args.json."""
