@@ -138,10 +138,6 @@ def toy():
     return nn.Sequential(nn.Conv2d(1, 8, 5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 
-def toy_with_dropout():
-    return nn.Sequential(nn.Dropout(0.2), toy())
-
-
 TOY = replace(RECIPES["concat-mlp"], encoder=toy, drop_last=False)
 
 

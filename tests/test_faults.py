@@ -185,13 +185,17 @@ def interrupt_at(monkeypatch, number):
 
 
 SIMILAR = {"outer-product", "shared-trunk-slow", "concat-linear"}  # have a state as others
-DROPOUT = dataclasses.replace(conftest.TOY, encoder=conftest.toy_with_dropout)
+
+
+def toy_with_dropout():
+    return torch.nn.Sequential(torch.nn.Dropout(0.2), conftest.toy())
 
 
 @pytest.mark.parametrize("recipe", [*(name for name in RECIPES if name not in SIMILAR), "dropout"])
 @pytest.mark.parametrize("val_size", [0, 10] if ALL else [10])
 def test_interruptions_until_a_run_is_finished(few, monkeypatch, recipe, val_size):
-    monkeypatch.setitem(RECIPES, "dropout", DROPOUT)
+    dropout = dataclasses.replace(conftest.TOY, encoder=toy_with_dropout)
+    monkeypatch.setitem(RECIPES, "dropout", dropout)
     flags = ["--recipe", recipe, "--epochs", 2 + 4 * ALL, "--val-size", val_size]
     with monkeypatch.context() as patch:
         events = interrupt_at(patch, None)

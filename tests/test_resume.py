@@ -125,15 +125,14 @@ def test_the_precision_is_kept_unless_a_flag_changes_it(job, toy_recipe, monkeyp
     assert resume() == "fp32" and resume("--precision", "bf16") == "bf16" and resume() == "bf16"
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_the_memory_layout_of_a_saved_optimizer_does_not_matter(job, monkeypatch, optimizer):
+def test_the_memory_layout_of_a_saved_optimizer_does_not_matter(job, monkeypatch):
     def make_contiguous(checkpoint):  # as a device saves it that has no other layout
         for state in checkpoint["optimizer"]["state"].values():
             for name, value in state.items():
                 changed.append(not value.is_contiguous())
                 state[name] = value.contiguous()
 
-    flags = [*FAST, "--dry-run", "--optimizer", optimizer, "--epochs", 2, "--output-dir"]
+    flags = [*FAST, "--dry-run", "--epochs", 2, "--output-dir"]
     assert job(*flags, "uninterrupted")[0] == 0
     with monkeypatch.context() as patch:
         interrupt_in(patch, train, "train_epoch", number=2)
@@ -173,9 +172,6 @@ def test_a_run_finds_its_data_from_another_directory_or_says_where_it_was(
 
 def test_results_belong_to_the_last_checkpoint_when_an_extension_is_interrupted(job, monkeypatch):
     assert job(*FAST)[0] == 0
-    before = contents("runs/fast")["results.json"]
-    assert job("--resume", "runs/fast")[0] == 0  # nothing is left to train
-    assert contents("runs/fast")["results.json"] == before
     with monkeypatch.context() as patch:
         interrupt_in(patch, train, "train_epoch", number=2)
         status, out, _ = job("--resume", "runs/fast", "--epochs", 3)
