@@ -18,7 +18,7 @@ from model import build_model
 from recipes import RECIPES
 from training import plots
 from training.checkpoint import restore
-from training.metrics import EVAL_METRICS, TRAIN_METRICS, Predictions
+from training.metrics import TRAIN_METRICS, Predictions
 from training.run import Run
 
 pytestmark = pytest.mark.skipif(
@@ -80,17 +80,22 @@ def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, mo
         model.head.register_forward_hook(lambda *call: logits.extend(call[-1]))
         return model
 
-    def train_metrics(steps, epoch, label_smoothing):
+    def item(tensor):
+        assert tensor.device == CPU  # else the host would wait for the GPU
+        return 0.0
+
+    def train_metrics(steps, epoch):
         reported.append(steps)
         return {f"train_{metric}": 0.5 for metric in TRAIN_METRICS}, []
 
     def eval_metrics(predictions):
         reported.extend(predictions)
-        return dict.fromkeys(EVAL_METRICS, 0.5)
+        return dict.fromkeys([*TRAIN_METRICS, "both_accuracy", "consistency"], 0.5)
 
     monkeypatch.setattr(train, "load_data", fake_mnist)
     monkeypatch.setattr(train, "draw_unseen", lambda *args: torch.zeros(10, 10).bool())
     monkeypatch.setattr(train, "move_model", move_model)
+    monkeypatch.setattr(torch.Tensor, "item", item)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: computed.append(loss))
     for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         monkeypatch.setattr(optimizer, "step", lambda self: None)
@@ -107,7 +112,7 @@ def test_fake_run_computes_on_the_gpu_and_reports_from_the_cpu(name, workdir, mo
     assert {output.dtype for output in logits} == {torch.float32}
     assert devices(reported) == {CPU}
     results = json.loads(Path("runs", f"{name}-dry-run", "results.json").read_text())
-    assert (results["device"], results["precision"]) == ("cuda:0", "bf16")
+    assert (results["device"], results["flags"]["precision"]) == ("cuda:0", "bf16")
 
 
 @pytest.mark.parametrize("saved_on, loaded_on", [(CPU, GPU), (GPU, CPU)])

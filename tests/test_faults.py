@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint(job, seed):
 
 
 VALID = """
---recipe fast default; --epochs 1 5000; -b 5 8 20; --lr 0.01 1e-9; --unseen-pairs 0 75;
+--recipe fast default; --epochs 1 5000; --batch-size 5 8 20; --lr 0.01 1e-9; --unseen-pairs 0 75;
 --head OuterProduct; --optimizer SGD; --val-size 0 10; --seed 0 4294967295; --dataset auto mnist;
 --data-dir data elsewhere; --device auto cuda:99; --precision fp32; --output-dir here ünï;
 --resume runs/none; --eval-only; --deterministic; --dry-run; --bogus; stray

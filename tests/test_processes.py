@@ -125,8 +125,8 @@ def test_metrics_are_those_of_the_checkpoint_with_batch_norm(two):
     model, checkpoint = load_model("run")
     test = dataset.MNISTSum(dataset.load_data("mnist", "data").test, "test")
     autocast = functools.partial(torch.autocast, "cpu", enabled=False)
-    smoothing = checkpoint["recipe"]["label_smoothing"]
-    metrics = train.evaluate(model, {"test": test}, autocast, smoothing)["test"].metrics()
+    options = checkpoint["recipe"]["label_smoothing"], None
+    metrics = train.evaluate(model, {"test": test}, autocast, *options)["test"].metrics()
     for name in ("digit_loss", "sum_loss", "both_accuracy"):
         assert metrics[name] == pytest.approx(checkpoint["history"][-1][f"test_{name}"], rel=1e-4)
 
@@ -134,19 +134,16 @@ def test_metrics_are_those_of_the_checkpoint_with_batch_norm(two):
 def differ(rank):
     """Only rank 1 has MNIST, and bf16 in hardware."""
 
-    def no_network(data_dir):
-        raise ConnectionError("no network")
-
     device.has_fast_bf16 = lambda device: rank == 1
     synthetic.synthetic_mnist = lambda split, count: synthetic_mnist(split, 20)
     if rank == 0:
-        dataset.download = no_network
+        dataset.download = lambda *args: False
 
 
 def test_the_first_process_chooses_dataset_and_precision_for_both(two):
     assert [job.end()[0] for job in two("--precision", "auto", fault=differ)] == [0, 0]
-    results = read_json("run")
-    assert (results["dataset"], results["precision"]) == ("synthetic", "fp32")
+    flags = read_json("run")["flags"]
+    assert (flags["dataset"], flags["precision"]) == ("synthetic", "fp32")
 
 
 def fail_to_build(rank):
@@ -162,7 +159,7 @@ def fail_to_write(rank):
         raise PermissionError(13, "Permission denied")
 
     if rank == 0:
-        os.replace = fail
+        os.fsync = fail
 
 
 @pytest.mark.parametrize("rank, fault", [(0, fail_to_write), (1, fail_to_build)])

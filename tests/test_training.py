@@ -30,7 +30,8 @@ PLAIN = Recipe(
     momentum=0.5,
     weight_decay=0.1,
     schedule=constant,
-    loss_weight=0.5,
+    digit_weight=0.5,
+    sum_weight=2.0,
     label_smoothing=0.1,
 )
 
@@ -46,6 +47,11 @@ def build(recipe):
     return model, train.make_optimizer(model, recipe)
 
 
+def smooth(classes):
+    """A smoothed label."""
+    return 0.9 * torch.eye(classes)[0] + 0.1 / classes
+
+
 def test_an_epoch_is_that_of_a_plain_loop(dataset):
     (model, optimizer), (reference, _) = build(PLAIN), build(PLAIN)
     steps = train.train_epoch(model, optimizer, dataset, PLAIN, 1, FP32, PROGRESS)
@@ -57,13 +63,16 @@ def test_an_epoch_is_that_of_a_plain_loop(dataset):
         digit_log_probs, sum_log_probs = reference(image, addend)
         outputs = [(digit_log_probs, digit), (sum_log_probs, total)]
         smoothed = [F.cross_entropy(*output, label_smoothing=0.1) for output in outputs]
-        row = smoothed + [(output.argmax(1) == label).float().mean() for output, label in outputs]
+        lowest = [F.cross_entropy((s / s.sum()).log(), s) for s in map(smooth, (10, 19))]
+        row = [loss - low for loss, low in zip(smoothed, lowest, strict=True)] + [
+            (output.argmax(1) == label).float().mean() for output, label in outputs
+        ]
         rows.append([len(batch) * value.item() for value in row] + [len(batch)])
         reference_optimizer.zero_grad()
-        (0.5 * sum(smoothed)).backward()
+        (0.5 * smoothed[0] + 2 * smoothed[1]).backward()
         reference_optimizer.step()
     assert [row[-1] for row in rows] == [4, 4, 2]
-    torch.testing.assert_close(steps, torch.tensor(rows).double())
+    torch.testing.assert_close(steps.float(), torch.tensor(rows))
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -84,7 +93,7 @@ def test_evaluation_pairs_each_image_with_every_addend_and_does_not_change_the_m
     model, _ = build(RECIPES["fast"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr(train, "EVAL_BATCH", 3)  # 10 images: the last batch is not full
-    predictions = train.evaluate(model, {"test": dataset}, FP32)["test"]
+    predictions = train.evaluate(model, {"test": dataset}, FP32, 0.0, None)["test"]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(predictions.digits, dataset.digits)
     for index, addend in ((0, 0), (0, 7), (9, 0), (9, 7)):
