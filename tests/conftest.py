@@ -39,6 +39,11 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Two processes, but none besides this one for a single file: each takes seconds to start."""
+    return 0 if len(config.args) == 1 and ".py" in config.args[0] else 2
+
+
 def small_mnist(train_images, test_images):
     """A small MNIST: its four files, name -> bytes, and its value of dataset.SHA256."""
     files, digest = {}, hashlib.sha256()
