@@ -18,10 +18,6 @@ HEADS = [model.OuterProduct, *(recipe.head for recipe in RECIPES.values())]
 HEADS = list(dict.fromkeys(HEADS))
 
 
-def function_name(function):
-    return function.__name__
-
-
 def batch(count=4):
     draw = torch.Generator().manual_seed(1)
     image = torch.randn(count, 1, 28, 28, generator=draw)
@@ -45,7 +41,7 @@ def assert_log_probabilities(predictions):
 # for all pairs if it holds for each encoder with one head, and for each head with one encoder.
 EACH = [(encoder, model.OuterProduct) for encoder in ENCODERS]
 EACH += [(OURS[0], head) for head in HEADS[1:]]
-EACH = pytest.mark.parametrize("encoder, head", EACH, ids=function_name)
+EACH = pytest.mark.parametrize("encoder, head", EACH, ids=lambda part: part.__name__)
 
 
 @EACH

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import conftest

@@ -27,6 +27,7 @@ import synthetic
 import train
 from dataset import draw_unseen
 from handwriting.predictor import load_model
+from published.models import ConcatLinear
 from recipes import RECIPES, Recipe
 from training import plots
 from training.checkpoint import load_checkpoint
@@ -232,13 +233,8 @@ def test_settings_that_flags_replace_are_used_saved_and_resumed(job, monkeypatch
     assert job("--resume", "run", "--epochs", 3, "--no-drop-last")[0] == 2
 
 
-class OwnHead(torch.nn.Module):
-    def __init__(self, num_features):
-        super().__init__()
-        self.digit, self.sum = torch.nn.Linear(num_features, 10), torch.nn.Linear(10, 19)
-
-    def forward(self, features, addend):
-        return self.digit(features), self.sum(addend)
+class OwnHead(ConcatLinear):
+    pass
 
 
 def test_own_recipes_and_their_parts_are_offered_by_help(job, monkeypatch, capsys):
