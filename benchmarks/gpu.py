@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import profile
 from tqdm import tqdm
 
 import train
-from benchmarks import common, seeds, speed
+from benchmarks import common, seeds
 from dataset import load_data
 from model import build_model
 from recipes import RECIPES
@@ -28,6 +29,20 @@ from training.console import Parser, exit_status
 from training.device import move_model, pick_device
 
 NAMES = ["default", "fast", "tiny", "concat-mlp"]
+
+
+def product_rate(device, dtype):
+    """FLOP/s of matrix products in linear layers: the best of several sizes and repetitions."""
+    best, side, seconds = 0.0, 128, 0.0
+    while seconds < 0.1 and side < 16_384:  # larger ones may take minutes if dtype is emulated
+        side *= 2
+        a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+        for _ in range(5):
+            clock = time.perf_counter()
+            F.linear(a, b)[0, 0].item()  # synchronizes
+            seconds = time.perf_counter() - clock
+            best = max(best, 2 * side**3 / seconds)
+    return best
 
 
 def measure_steps(recipe, dataset, device, precision):
@@ -81,7 +96,8 @@ def measure(flags, data, device, precision, product_flops):
     steps = measure_steps(recipe, dataset, device, precision)
     images_per_second = recipe.batch_size / steps["step_seconds"]
     flops = 6 * common.multiply_adds(recipe) * images_per_second
-    row = {key: results[key] for key in ("epochs", "train_seconds")} | results["accuracies"] | steps
+    row = {"epochs": recipe.epochs, "train_seconds": results["train_seconds"]}
+    row |= results["accuracies"] | steps
     row |= {"images_per_second": images_per_second, "product_fraction": flops / product_flops}
     return row | measure_deterministic(flags)
 
@@ -111,7 +127,7 @@ def main(argv):
     given, _ = common.parse_flags(args.flags)
     device, precision = pick_device(given.device, given.precision)
     data = load_data(given.dataset, given.data_dir or "data")
-    rate = speed.product_rate(device, torch.bfloat16)
+    rate = product_rate(device, torch.bfloat16)
     results = common.provenance("gpu", argv) | {"precision": precision, "product_flops": rate}
     results["rows"] = {}
     for name in args.recipes:

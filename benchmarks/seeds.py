@@ -19,8 +19,7 @@ import torch
 from benchmarks import common
 from training.console import Parser, UserError, exit_status
 
-FOLDERS = (".", "training", "published")
-CODE = {path for folder in FOLDERS for path in common.ROOT.glob(f"{folder}/*.py")}
+CODE = {p for part in ("", "training/", "published/") for p in common.ROOT.glob(f"{part}*.py")}
 CODE -= {common.ROOT / "predict.py", common.ROOT / "demo.py"}  # training does not use them
 
 
@@ -66,11 +65,10 @@ def measure(rows, seeds):
 
 def summarize(recipe, runs):
     """A row of the results file, from what `train` returned for each seed."""
-    columns = ("dataset", "device", "precision", "threads", "versions", "parameters")
-    each = {key: [run["accuracies"][key] for run in runs] for key in runs[0]["accuracies"]}
-    facts = runs[0]["flags"] | runs[0]
-    return {column: facts[column] for column in columns} | {
-        "settings": recipe.as_plain(),
+    info, names = runs[0]["flags"] | runs[0], "dataset device precision threads versions parameters"
+    each = {key: [run["accuracies"][key] for run in runs] for key in info["accuracies"]}
+    return {name: info[name] for name in names.split()} | {
+        "settings": info["recipe"],
         "training_flops": common.training_flops(recipe),
         "each": each,
         "metrics": {key: common.summary(values) for key, values in each.items()},

@@ -3,29 +3,32 @@
 import torch
 import torch.nn.functional as F
 
+from dataset import NUM_DIGITS
 from handwriting.prepare import NO_INK
-from model import build_model
+from model import build_model, probabilities
 from recipes import RECIPES
 from training.checkpoint import load_checkpoint, restore
-from training.constants import NUM_DIGITS, SIDE
-from training.errors import UserError
+from training.console import UserError
+from training.recipe import named
 
 UNSURE = 0.65  # warn if the digit is less probable than this
 
 
-def load_model(path):
+def load_model(path, checkpoint=None):
     """Load the trained model of a run directory or a checkpoint, on the CPU, in evaluation mode.
 
-    Also returns the checkpoint, a dict. Raises UserError if its network is not that of the recipe.
+    Also returns the checkpoint, a dict, which may be given if it is loaded already. Raises
+    UserError if its network is none of ours.
     """
-    checkpoint = load_checkpoint(path)
-    name, saved = checkpoint["flags"]["recipe"], checkpoint["recipe"]
-    recipe = RECIPES.get(name)
-    settings = "encoder", "head", "members", "mean", "std", "label_smoothing"
-    if not recipe or any(saved.get(setting) != recipe.as_plain()[setting] for setting in settings):
-        raise UserError(f"{path}: recipe {name!r} is gone or has a different network")
-    model = build_model(recipe.encoder, recipe.head, recipe.members)
-    restore(checkpoint, model)
+    checkpoint = checkpoint or load_checkpoint(path)
+    saved = checkpoint["recipe"]
+    try:
+        encoder, head = (named(part, RECIPES)[saved[part]] for part in ("encoder", "head"))
+        model = build_model(encoder, head)
+        restore(checkpoint, model)
+    except (KeyError, UserError) as error:
+        name = checkpoint["flags"]["recipe"]
+        raise UserError(f"{path}: recipe {name!r} is gone or has a different network") from error
     return model.eval(), checkpoint
 
 
@@ -35,26 +38,14 @@ class Predictor(torch.nn.Module):
     def __init__(self, model, recipe):
         super().__init__()
         self.model, self.recipe = model.requires_grad_(False), recipe
-        # Fails now, not at the first picture, if the weights are NaN.
-        blank = next(model.parameters()).new_zeros(1, SIDE, SIDE)
-        self(blank.byte(), blank[:, 0, 0].long())
 
     def forward(self, pixels, addends):
-        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19).
-
-        Raises UserError if a probability is NaN.
-        """
+        """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
         if pixels.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, 0 to 255, not {pixels.dtype}")
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
         log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
-        # Undo label smoothing e, with which a network learns (1 - e) p + e / C instead of p.
-        e = self.recipe["label_smoothing"]
-        probabilities = [(x.exp() - e / x.shape[-1]).clamp(min=0) for x in log_probs]
-        probabilities = [p / p.sum(dim=-1, keepdim=True) for p in probabilities]
-        if not torch.compiler.is_compiling() and not torch.cat(probabilities, 1).isfinite().all():
-            raise UserError("unusable network: its probabilities are not numbers")
-        return tuple(probabilities)
+        return tuple(probabilities(x, self.recipe["label_smoothing"]) for x in log_probs)
 
 
 def predict(predictor, prepared, addend):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from dataset import SIDE
 from handwriting.sheet import bounding_box, connected_components, find_sheet, longer_side
-from training.constants import SIDE
 
 NO_INK = "no digit found: photograph it from above, in even light"
 SEVERAL, CUT = "more than one digit", "ink at the picture's edge"
