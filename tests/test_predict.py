@@ -1,16 +1,13 @@
 """predict.py: predictions for pictures, their output, and the exported network."""
 
-import ast
 import importlib.util
 import io
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import weakref
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +20,11 @@ from PIL import Image
 
 import predict
 import train
-from handwriting import export
+from handwriting import plot
 from handwriting.predictor import Predictor, load_model
 from handwriting.prepare import NO_INK, prepare
+from synthetic import synthetic_mnist
 from training import plots
-from training.synthetic import synthetic_mnist
 
 
 def prepared_digits(split, count):
@@ -158,30 +155,18 @@ def test_a_pattern_means_its_matches_and_a_directory_its_pictures(command, pictu
         assert out.startswith("0.png: digit ")
 
 
-@pytest.mark.parametrize("name, digit", [("five", 5), ("two", 2), ("nine", 9)])
-def test_the_sample_pictures_are_recognized(name, digit, capsys):
-    sample = ROOT / "samples" / f"{name}.png"
-    assert predict.main([str(ROOT / "results" / "tiny.pt"), str(sample), "--add", "7"]) == 0
-    assert re.match(rf"digit {digit} .*  {digit} \+ 7 = {digit + 7} ", capsys.readouterr().out)
-
-
-def test_pixels_that_are_not_uint8_are_refused(trained):
-    with pytest.raises(TypeError, match="uint8"):
-        load_predictor(trained)(DIGITS.data / 255, torch.zeros(40).long())
-
-
-def test_pictures_do_not_stay_in_memory(command, pictures, monkeypatch):
-    read, seen, alive = predict.read_picture, [], []
-
-    def read_picture(file):
-        picture = read(file)
-        seen.append(weakref.ref(picture))
-        alive.append(sum(one() is not None for one in seen))
-        return picture
-
-    monkeypatch.setattr(predict, "read_picture", read_picture)
-    assert command(*[file for file, _ in pictures[:5]])[0] == 0
-    assert len(alive) == 5 and max(alive) <= 2  # this one and the one before it
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        DIGITS.data / 255,
+        torch.zeros(40, 32, 32, dtype=torch.uint8),
+        DIGITS.data[:, None],
+        DIGITS.data[0],
+    ],
+)
+def test_pixels_of_another_type_or_shape_are_refused(trained, pixels):
+    with pytest.raises(ValueError, match="28, 28"):
+        load_predictor(trained)(pixels, torch.zeros(40).long())
 
 
 def test_predictions_do_not_depend_on_the_batch(trained):
@@ -204,13 +189,18 @@ def test_a_picture_from_standard_input(command, pictures, monkeypatch, workdir):
 def test_an_unreadable_picture_is_reported_and_the_others_are_predicted(command, pictures, workdir):
     (workdir / "text.png").write_text("not an image")
     status, out, err = command("0.png", "text.png", "missing.png", "1.png")
-    assert status == 1 and len(out.splitlines()) == 2
-    lines = err.splitlines()
-    assert [line.split(":")[1].strip() for line in lines if line.startswith("error")] == [
-        "text.png",
-        "missing.png",
-    ]
-    assert "Traceback" not in err
+    assert status == 1 and [line.split(":")[0] for line in out.splitlines()] == ["0.png", "1.png"]
+    assert re.fullmatch("error: text.png: [^\n]+\nerror: missing.png: [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_ignored(command, pictures, workdir, kind):
+    """With the pictures after it: its pixels are fine."""
+    with Image.open("2.png") as image:
+        image.convert("RGB").save("damaged", kind, exif=b"Exif\0\0garbage!", quality=95)
+    status, out, err = command("damaged", "2.png", "--json")
+    digits = [record["digit"] for record in json.loads(out)]
+    assert (status, err, digits) == (0, "", [pictures[2][1]] * 2)
 
 
 def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
@@ -228,7 +218,7 @@ def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
 
 def test_predictions_are_printed_even_if_the_plot_cannot_be_written(command, pictures):
     status, out, err = command("0.png", "--save-picture", "missing/plot.png")
-    assert status == 1 and out.startswith("digit ") and "cannot write missing/plot.png" in err
+    assert status == 1 and out.startswith("digit ") and re.fullmatch(r"error: [^\n]+\n", err)
 
 
 def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
@@ -238,42 +228,27 @@ def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
     assert (workdir / "0.png").read_bytes() == content
 
 
-def test_a_symbolic_link_to_itself_is_an_unreadable_picture(command, workdir):
-    (workdir / "loop.png").symlink_to("loop.png")
-    status, out, err = command("loop.png", "--save-picture", "plot.png")
-    assert (status, out) == (1, "") and err.startswith("error: loop.png: ")
-
-
-def predict_process(trained, *arguments, shell="", encoding="utf-8"):
-    """predict.py as a process, with the redirections of a shell."""
-    command = shlex.join([sys.executable, str(ROOT / "predict.py"), str(trained), *arguments])
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(f"{command} {shell}", shell=True, env=environment, capture_output=True)
-
-
-def test_names_that_the_stream_cannot_encode_are_escaped(trained, pictures, workdir):
-    names = ["digit \u2713.png", "missing \u2713.png"]
-    shutil.copy("0.png", names[0])
-    done = predict_process(trained, *names, encoding="latin-1")
-    assert done.returncode == 1 and b"Traceback" not in done.stderr
-    assert done.stdout.startswith(b"digit \\u2713.png: digit ")
-    assert done.stderr.startswith(b"error: missing \\u2713.png: ")
-
-
-@pytest.mark.skipif("os.name != 'posix'", reason="needs a POSIX shell")
-def test_closed_streams_are_no_traceback(trained, pictures):
-    done = predict_process(trained, "-", shell="<&-")
-    assert done.returncode == 1 and re.fullmatch(b"error: -: [^\n]+\n", done.stderr), done.stderr
-    done = predict_process(trained, "missing.png", "0.png", "--json", shell="2>&-")
-    assert done.returncode == 1 and len(json.loads(done.stdout)) == 1
+def test_help_does_not_wait_for_torch(trained):
+    code = "import sys, predict; print(predict.main(['--help']))"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "usage: predict.py" in done.stdout
+    assert not re.search(r"\| +(torch|numpy|PIL|matplotlib)$", done.stderr, re.M)
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--add", "10"], ["--add", "-1"], [], ["--export", "x.txt"], ["--save-picture", "x.jpg"]],
+    [
+        ["0.png", "--add", "10"],
+        [],
+        [""],
+        ["0.png", "--export", "x.txt"],
+        ["0.png", "--export", ""],
+        ["0.png", "--save-picture", "x.jpg"],
+    ],
 )
 def test_wrong_usage_is_one_line_and_status_2(command, arguments):
-    arguments = arguments and ["0.png", *arguments]
     status, out, err = command(*arguments)
     assert (status, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err), err
 
@@ -293,40 +268,10 @@ def test_a_checkpoint_of_another_network_is_refused(trained, capsys):
     assert re.fullmatch("error: [^\n]*different network\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("change", ["weights", "std"])
-def test_probabilities_that_are_not_numbers_are_an_error(trained, pictures, capsys, change):
-    checkpoint = torch.load(trained / "last.pt")
-    if change == "std":
-        checkpoint["recipe"]["std"] = 0.0
-    else:
-        next(iter(checkpoint["network"].values())).fill_(torch.nan)
-    torch.save(checkpoint, trained / "last.pt")
-    for arguments in (["0.png", "--json"], ["--export", "digits.pt2"]):
-        assert predict.main([str(trained), *arguments]) == 1
-        out, err = capsys.readouterr()
-        assert out == "" and re.fullmatch("error: [^\n]*(not numbers|different network)\n", err)
-    assert not Path("digits.pt2").exists()
-
-
-def test_weights_that_overflow_are_an_error(trained, pictures, capsys):
-    checkpoint = torch.load(trained / "last.pt")
-    next(iter(checkpoint["network"].values())).fill_(3e38)
-    torch.save(checkpoint, trained / "last.pt")
-    assert predict.main([str(trained), "0.png", "--json"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch("error: [^\n]*not numbers\n", err)
-
-
 def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
     assert command("0.png", "1.png", "--save-picture", "plot.png")[0] == 0
     with Image.open(workdir / "plot.png") as plot:
         assert plot.width == 1500 and plot.height > 500
-
-
-def test_plots_do_not_need_the_backend_that_jupyter_sets(trained, pictures, monkeypatch, workdir):
-    monkeypatch.setenv("MPLBACKEND", "missing")
-    done = predict_process(trained, "0.png", "--save-picture", "plot.png")
-    assert (done.returncode, done.stderr) == (0, b"") and (workdir / "plot.png").is_file()
 
 
 def test_a_plot_shows_the_name_and_the_warnings(command, workdir, monkeypatch):
@@ -335,11 +280,11 @@ def test_a_plot_shows_the_name_and_the_warnings(command, workdir, monkeypatch):
         picture.paste(0, (left, 10, left + 6, 50))
     name = os.fsdecode(b"two\xff.png")  # its bytes cannot be drawn
     picture.save(workdir / name)
-    plot, rows = plots.prediction_figure, []
-    monkeypatch.setattr(plots, "prediction_figure", lambda new: rows.extend(new) or plot(new))
+    draw, rows = plot.prediction_figure, []
+    monkeypatch.setattr(plot, "prediction_figure", lambda new: rows.extend(new) or draw(new))
     assert command(name, "--save-picture", "plot.png")[0] == 0
     *_, title = rows[0]
-    assert title.startswith(r"two\udcff.png: digit") and "\nmore than one digit" in title
+    assert title.startswith("two\udcff.png: digit") and "\nmore than one digit" in title
 
 
 def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
@@ -351,8 +296,8 @@ def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
     sheet = Image.new("RGB", ink.size, "white")
     sheet.paste(ink, mask=ink)
     sheet.save(workdir / "turned.jpg", exif=turned)
-    plot, rows = plots.prediction_figure, []
-    monkeypatch.setattr(plots, "prediction_figure", lambda new: rows.extend(new) or plot(new))
+    draw, rows = plot.prediction_figure, []
+    monkeypatch.setattr(plot, "prediction_figure", lambda new: rows.extend(new) or draw(new))
     assert command("ink.png", "turned.jpg", "--save-picture", "plot.png")[0] == 0
     assert rows[0][0].getextrema() == ((0, 255),) * 3
     assert rows[0][0].size == (60, 40) and rows[1][0].size == (40, 60)
@@ -395,18 +340,45 @@ def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(comma
     check_card("digits.pt2.md")
 
 
+def run_code(card, picture):
+    """Run the code of a model card for a picture; returns the digit and the sum with 7."""
+    (code,), names = re.findall(r"```python\n(.*?)```", card, re.DOTALL), {}
+    exec(code.replace("five.png", str(picture)), names)
+    return int(names["digits"].argmax()), int(names["sums"].argmax())
+
+
 def check_card(path):
-    """Check a model card, and run its code in a directory with a picture of a five."""
-    card, names = Path(path).read_text(), {}
+    """Check a model card, and run its code with pictures of a five and of others."""
+    card = Path(path).read_text()
     assert "fast" in card and "209,049 parameters" in card
     pixels = DIGITS.data[DIGITS.targets == 5][0].numpy()
-    Image.fromarray(255 - pixels).resize((280, 280)).save("five.png")
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), names)
-    assert (int(names["digits"].argmax()), int(names["sums"].argmax())) == (5, 12)
+    ink = Image.fromarray(pixels).resize((280, 280))
+    for paper, color in ((255, 0), (128, 0), (200, 80), (40, 255)):
+        drawing = Image.new("L", (400, 300), paper)
+        drawing.paste(color, (90, 10), mask=ink)
+        drawing.save("drawing.png")
+        assert run_code(card, "drawing.png") == (5, 12)
+    transparent = Image.new("RGBA", (400, 300))
+    transparent.paste("black", (90, 10), mask=ink)
+    transparent.save("drawing.png")
+    assert run_code(card, "drawing.png") == (5, 12)
+    Image.new("RGBA", (400, 300)).save("blank.png")
+    samples = {"five": 5, "two": 2, "nine": 9}  # two and nine are screenshots
+    read = 0
+    for picture in ("blank.png", *(ROOT / "samples" / f"{name}.png" for name in samples)):
+        try:
+            digit = run_code(card, picture)[0]
+        except ValueError:
+            continue
+        assert digit == samples[Path(picture).stem]
+        read += 1
+    assert read
 
 
 def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trained):
     onnxruntime = pytest.importorskip("onnxruntime")
+    model = pytest.importorskip("onnx").load(exported_onnx)
+    assert model.ir_version <= 9 and model.opset_import[0].version <= 20  # as onnxruntime 1.17
     content, predictor = exported_onnx.read_bytes(), load_predictor(trained)
     for path in (ROOT, torch.__path__[0], Path.home()):  # no paths of this machine
         assert str(path).encode() not in content
@@ -424,13 +396,6 @@ def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trai
     check_card("digits.onnx.md")
 
 
-def test_nothing_but_the_result_of_an_onnx_export_is_printed(exported_onnx, trained):
-    """In a new process, in which the exporter could print before anything is captured."""
-    command = [sys.executable, ROOT / "predict.py", trained, "--export", "again.onnx"]
-    call = subprocess.run(command, capture_output=True, text=True)
-    assert call.stdout == "exported again.onnx\nexported again.onnx.md\n" and call.stderr == ""
-
-
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_a_missing_onnx_package_is_one_line(command, monkeypatch, missing):
     find = importlib.util.find_spec
@@ -441,32 +406,14 @@ def test_a_missing_onnx_package_is_one_line(command, monkeypatch, missing):
     assert re.fullmatch(r"error: [^\n]*pip install onnx onnxscript\n", err), err
 
 
-def test_a_directory_that_does_not_exist_is_one_line(command):
-    status, out, err = command("--export", "nowhere/digits.pt2")
-    assert (status, out) == (1, "") and re.fullmatch(r"error: cannot write [^\n]+\n", err), err
-
-
-@pytest.mark.parametrize("suffix", export.FORMATS)
-def test_the_code_of_a_card_is_valid_for_any_file_name(trained, suffix):
-    model, checkpoint = load_model(trained)
-    path = Path(f'o\'ne "two" {{three}}{suffix}')
-    card = export.model_card(path, model, checkpoint)
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
-    (name,) = (node.value for node in ast.walk(ast.parse(code)) if is_name(node, suffix))
-    assert name == path.name
-
-
-def test_unprintable_characters_are_escaped_in_a_card(trained):
-    model, checkpoint = load_model(trained)
-    card = export.model_card(Path("a\x1b[31m.pt2"), model, checkpoint)
-    assert all(line.isprintable() for line in card.splitlines())
+def test_files_can_have_any_name(command, pictures, capfdbinary):
+    name = 'o\'ne "two" {three} \udcff'
+    shutil.copy("0.png", f"{name}.png")
+    assert command(f"{name}.png", "1.png", "--export", f"{name}.pt2")[0] == 0
+    check_card(f"{name}.pt2.md")
 
 
 def test_a_network_is_exported_to_several_files(command):
     status, out, _ = command("--export", "one.pt2", "--export", "two.pt2")
     assert status == 0 and out.count("exported ") == 4
     assert all(Path(f"{name}.pt2{end}").is_file() for name in ("one", "two") for end in ("", ".md"))
-
-
-def is_name(node, suffix):
-    return isinstance(node, ast.Constant) and str(node.value).endswith(suffix)
