@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
     source = SimpleNamespace(name="mnist", train=prepared_digits("train", 1000), test=DIGITS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_data", lambda *args: source)
-        patch.setattr(plots, "run_figures", lambda *args: {})
+        patch.setattr(plots, "run_figures", lambda *args: [])
         flags = ["--recipe", "fast", "--epochs", "6", "--batch-size", "50", "--quiet"]
         assert train.main([*flags, "--output-dir", str(directory)]) == 0
     return directory / "last.pt"
@@ -91,6 +91,14 @@ def exported_onnx(command):
     return Path("digits.onnx")
 
 
+@pytest.fixture
+def rows(monkeypatch):
+    """What is plotted: a list of the rows, as `prediction_figure` takes them."""
+    draw, plotted = plot.prediction_figure, []
+    monkeypatch.setattr(plot, "prediction_figure", lambda new: plotted.extend(new) or draw(new))
+    return plotted
+
+
 def load_predictor(run):
     model, checkpoint = load_model(run)
     return Predictor(model, checkpoint["recipe"])
@@ -111,11 +119,9 @@ def test_the_line_of_a_picture(command, pictures):
 
 
 def test_the_order_of_flags_and_pictures_does_not_matter(command, pictures):
-    (one, _), (two, _) = pictures[:2]
-    expected = command(one, two, "--json", "--add", 7)
+    expected = command("0.png", "1.png", "--json", "--add", 7)
     assert expected[0] == 0
-    assert command("--json", one, "--add", 7, two) == expected
-    assert command("--json", "--add", 7, "--", one, two) == expected
+    assert command("--json", "0.png", "--add", 7, "1.png") == expected
 
 
 def test_several_pictures_are_recognized_and_labeled_with_their_names(command, pictures):
@@ -228,7 +234,7 @@ def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
     assert (workdir / "0.png").read_bytes() == content
 
 
-def test_help_does_not_wait_for_torch(trained):
+def test_help_does_not_wait_for_torch():
     code = "import sys, predict; print(predict.main(['--help']))"
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True
@@ -268,37 +274,26 @@ def test_a_checkpoint_of_another_network_is_refused(trained, capsys):
     assert re.fullmatch("error: [^\n]*different network\n", capsys.readouterr().err)
 
 
-def test_pictures_and_predictions_are_plotted(command, pictures, workdir):
-    assert command("0.png", "1.png", "--save-picture", "plot.png")[0] == 0
-    with Image.open(workdir / "plot.png") as plot:
-        assert plot.width == 1500 and plot.height > 500
-
-
-def test_a_plot_shows_the_name_and_the_warnings(command, workdir, monkeypatch):
+def test_a_plot_shows_the_name_and_the_warnings(command, rows):
     picture = Image.new("L", (100, 60), 255)
     for left in (20, 70):
         picture.paste(0, (left, 10, left + 6, 50))
-    name = os.fsdecode(b"two\xff.png")  # its bytes cannot be drawn
-    picture.save(workdir / name)
-    draw, rows = plot.prediction_figure, []
-    monkeypatch.setattr(plot, "prediction_figure", lambda new: rows.extend(new) or draw(new))
-    assert command(name, "--save-picture", "plot.png")[0] == 0
+    picture.save("two.png")
+    assert command("two.png", "--save-picture", "plot.png")[0] == 0
     *_, title = rows[0]
-    assert title.startswith("two\udcff.png: digit") and "\nmore than one digit" in title
+    assert title.startswith("two.png: digit ") and "\nmore than one digit" in title
+    with Image.open("plot.png") as plot:
+        assert plot.width == 1500
 
 
-def test_pictures_are_plotted_upright_on_white(command, workdir, monkeypatch):
+def test_pictures_are_plotted_upright_on_white(command, rows):
     ink = Image.new("RGBA", (60, 40))  # transparent: white
     ink.paste("black", (28, 8, 32, 32))
-    ink.save(workdir / "ink.png")
+    ink.save("ink.png")
     turned = Image.Exif()
     turned[0x0112] = 6
-    sheet = Image.new("RGB", ink.size, "white")
-    sheet.paste(ink, mask=ink)
-    sheet.save(workdir / "turned.jpg", exif=turned)
-    draw, rows = plot.prediction_figure, []
-    monkeypatch.setattr(plot, "prediction_figure", lambda new: rows.extend(new) or draw(new))
-    assert command("ink.png", "turned.jpg", "--save-picture", "plot.png")[0] == 0
+    ink.save("turned.png", exif=turned)
+    assert command("ink.png", "turned.png", "--save-picture", "plot.png")[0] == 0
     assert rows[0][0].getextrema() == ((0, 255),) * 3
     assert rows[0][0].size == (60, 40) and rows[1][0].size == (40, 60)
 
@@ -315,9 +310,10 @@ def test_a_network_not_trained_on_all_of_mnist_gives_a_warning(
     assert caveat in Path("digits.pt2.md").read_text()
 
 
-def test_with_json_an_export_is_reported_on_stderr(command, pictures):
-    status, out, err = command("0.png", "--json", "--export", "digits.pt2")
-    assert status == 0 and len(json.loads(out)) == 1 and "exported digits.pt2\n" in err
+def test_with_json_exports_are_reported_on_stderr(command, pictures):
+    status, out, err = command("0.png", "--json", "--export", "one.pt2", "--export", "two.pt2")
+    assert status == 0 and len(json.loads(out)) == 1
+    assert err == "".join(f"exported {n}.pt2\nexported {n}.pt2.md\n" for n in ("one", "two"))
 
 
 def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(command, trained):
@@ -336,43 +332,36 @@ def test_the_exported_network_gives_the_same_and_the_code_in_its_card_runs(comma
             torch.testing.assert_close(ours, theirs)
     digit, _ = exported(DIGITS.data, torch.zeros(40).long())
     assert (digit.argmax(dim=1) == DIGITS.targets).sum() >= 36
-
     check_card("digits.pt2.md")
 
 
 def run_code(card, picture):
-    """Run the code of a model card for a picture; returns the digit and the sum with 7."""
+    """Run the code of a model card for a picture; returns the digit and the sum with 7, or None."""
     (code,), names = re.findall(r"```python\n(.*?)```", card, re.DOTALL), {}
-    exec(code.replace("five.png", str(picture)), names)
+    try:
+        exec(code.replace("five.png", str(picture)), names)
+    except ValueError:  # no drawing
+        return None
     return int(names["digits"].argmax()), int(names["sums"].argmax())
 
 
 def check_card(path):
-    """Check a model card, and run its code with pictures of a five and of others."""
+    """Run the code of a model card on plain papers, on transparency, a blank, and the samples."""
     card = Path(path).read_text()
-    assert "fast" in card and "209,049 parameters" in card
-    pixels = DIGITS.data[DIGITS.targets == 5][0].numpy()
-    ink = Image.fromarray(pixels).resize((280, 280))
-    for paper, color in ((255, 0), (128, 0), (200, 80), (40, 255)):
-        drawing = Image.new("L", (400, 300), paper)
-        drawing.paste(color, (90, 10), mask=ink)
+    ink = Image.fromarray(DIGITS.data[DIGITS.targets == 5][0].numpy()).resize((280, 280))
+    for paper, color in (("white", 0), ("#808080", 0), ("#c8c8c8", 80), ("#282828", 255), (0, 0)):
+        drawing = Image.new("RGBA", (400, 300), paper)
+        drawing.paste((color,) * 3 + (255,), (90, 10), mask=ink)
         drawing.save("drawing.png")
-        assert run_code(card, "drawing.png") == (5, 12)
-    transparent = Image.new("RGBA", (400, 300))
-    transparent.paste("black", (90, 10), mask=ink)
-    transparent.save("drawing.png")
-    assert run_code(card, "drawing.png") == (5, 12)
-    Image.new("RGBA", (400, 300)).save("blank.png")
-    samples = {"five": 5, "two": 2, "nine": 9}  # two and nine are screenshots
-    read = 0
-    for picture in ("blank.png", *(ROOT / "samples" / f"{name}.png" for name in samples)):
-        try:
-            digit = run_code(card, picture)[0]
-        except ValueError:
-            continue
-        assert digit == samples[Path(picture).stem]
-        read += 1
-    assert read
+        assert run_code(card, "drawing.png") == (5, 12), paper
+        Image.new("RGBA", (400, 300), paper).save("blank.png")
+        assert run_code(card, "blank.png") is None
+    samples = ROOT / "samples"
+    assert run_code(card, samples / "five.png") == (5, 12)
+    assert (
+        run_code(card, samples / "two.png") is run_code(card, samples / "nine.png") is None
+    )  # screenshots
+    assert len(list(samples.iterdir())) == 3
 
 
 def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trained):
@@ -396,24 +385,21 @@ def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trai
     check_card("digits.onnx.md")
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
-def test_a_missing_onnx_package_is_one_line(command, monkeypatch, missing):
-    find = importlib.util.find_spec
-    without = lambda name, *rest: None if name == missing else find(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", without)
+def test_a_missing_onnx_package_is_one_line(command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     status, out, err = command("--export", "digits.onnx")
     assert (status, out) == (1, "") and not Path("digits.onnx").exists()
     assert re.fullmatch(r"error: [^\n]*pip install onnx onnxscript\n", err), err
 
 
-def test_files_can_have_any_name(command, pictures, capfdbinary):
+def test_files_can_have_any_name(trained, pictures, workdir):
+    """Also bytes that are no text, which no stream can encode and no font can draw."""
     name = 'o\'ne "two" {three} \udcff'
     shutil.copy("0.png", f"{name}.png")
-    assert command(f"{name}.png", "1.png", "--export", f"{name}.pt2")[0] == 0
-    check_card(f"{name}.pt2.md")
-
-
-def test_a_network_is_exported_to_several_files(command):
-    status, out, _ = command("--export", "one.pt2", "--export", "two.pt2")
-    assert status == 0 and out.count("exported ") == 4
-    assert all(Path(f"{name}.pt2{end}").is_file() for name in ("one", "two") for end in ("", ".md"))
+    files = [f"{name}.png", "1.png", "--save-picture", "plot.png", "--export", f"{name}.pt2"]
+    command = [sys.executable, ROOT / "predict.py", trained, *files]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 4
+    assert Path("plot.png").exists() and re.search("```python", Path(f"{name}.pt2.md").read_text())
