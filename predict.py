@@ -50,7 +50,9 @@ def expand(name):
     """The files that an argument means: itself, the images in a directory, a pattern's matches."""
     if os.path.isdir(name):
         files = sorted(glob(os.path.join(escape(name), "*")))
-        return [f for f in files if str(guess_type(f, strict=False)[0]).startswith("image/")] or [name]
+        return [f for f in files if str(guess_type(f, strict=False)[0]).startswith("image/")] or [
+            name
+        ]
     if os.path.lexists(name):
         return [name]
     return [file for match in sorted(glob(name)) for file in expand(match)] or [name]

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
 from tqdm import tqdm
 
 from benchmarks.common import BENCHMARKS, provenance, save_json
@@ -27,7 +26,7 @@ KINDS = (*DAMAGES, *DRAWINGS, *SCENES)
 
 def resize(picture):
     """What most published tools do: scale the whole picture to 28x28, in gray, light on dark."""
-    pixels = np.array(ImageOps.exif_transpose(picture).convert("L").resize((SIDE, SIDE)))
+    pixels = np.array(picture.convert("L").resize((SIDE, SIDE)))
     return Prepared(255 - pixels if pixels.mean() > 127 else pixels)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from benchmarks.drawings import as_picture
+from handwriting.picture import read_picture
 
 COMBINED = ("color", "uneven", "shadow", "noise", "blur", "specks", "off center", "exif", "jpeg")
 DAMAGES = ("plain", *COMBINED, "thin pen", "pencil", "ruled", "all")
@@ -29,8 +30,7 @@ def photograph(digit_image, rng, damage):
         damage: one of `DAMAGES`.
 
     Returns:
-        an RGB image of Pillow; with "exif" or "jpeg" one opened from the bytes of a JPEG file, so
-        that its EXIF orientation has not been applied.
+        an RGB image of Pillow; with "exif" or "jpeg" one read from the bytes of a JPEG file.
     """
     effects = set(COMBINED) if damage == "all" else {damage}
     size = int(rng.integers(150, 401))  # pixels, from 28
@@ -201,11 +201,12 @@ def gaussian_blur(values, sigma):
 
 
 def as_jpeg(picture, orientation, quality):
-    """Store and reopen a picture as a camera does: rotated, with the orientation in its EXIF."""
+    """Store a picture as a camera does, rotated, with the orientation in its EXIF, and read it."""
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     if orientation > 1:
         picture = picture.transpose(Image.Transpose[TRANSPOSED.split()[orientation - 2]])
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality, exif=exif)
-    return Image.open(file)
+    file.seek(0)
+    return read_picture(file)

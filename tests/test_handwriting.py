@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, PngImagePlugin
 
+import handwriting.prepare
 from benchmarks.drawings import DRAWINGS, drawing, letterboxed
 from benchmarks.photographs import make_pictures
 from benchmarks.scenes import SCENES
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
-from handwriting import handwriting
-from handwriting.picture import read_picture
+from handwriting.picture import MAX_PIXELS, read_picture
 from handwriting.prepare import CUT, NO_INK, SEVERAL, as_mnist, prepare
-from training.errors import UserError
-from training.synthetic import synthetic_mnist
+from synthetic import synthetic_mnist
+from training.console import UserError
 
 NEEDS_MNIST = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR is not set")
 
@@ -283,8 +283,8 @@ def test_a_photographed_strip_is_no_error(size):
 def test_thousands_of_specks_are_not_looked_at_one_by_one(monkeypatch):
     dots = np.full((480, 480), 255, np.uint8)
     dots[2::4, 2::4] = 0
-    boxes = Mock(wraps=handwriting.bounding_box)
-    monkeypatch.setattr(handwriting, "bounding_box", boxes)
+    boxes = Mock(wraps=handwriting.prepare.bounding_box)
+    monkeypatch.setattr(handwriting.prepare, "bounding_box", boxes)
     prepare(Image.fromarray(dots))
     assert 0 < boxes.call_count < 100
 
@@ -317,93 +317,79 @@ def test_the_first_picture_of_a_phones_photo_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, name",
-    [
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
-        (b"%PDF-1.7", "PDF"),
-        (b"<?xml version='1.0'?><svg></svg>", "SVG"),
-    ],
+    "name, content",
+    [("HEIC", b"\0\0\0\x18ftypheic"), ("PDF", b"%PDF-1.7"), ("SVG", b"<svg></svg>")],
 )
-def test_a_format_that_is_not_supported_is_named(tmp_path, content, name):
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(UserError, match=f"^{name} .* JPEG or PNG$"):
-        read_picture(str(tmp_path / "file"))
-
-
-def as_file(content):
-    return lambda directory: (directory / "file").write_bytes(content)
-
-
-def png(picture):
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
-
-
-BAD = {
-    "missing": lambda directory: None,
-    "a directory": lambda directory: (directory / "file").mkdir(),
-    "text": as_file(b"not an image"),
-    "empty": as_file(b""),
-    "cut off": as_file(png(seven())[:300]),
-    "1x1": as_file(png(Image.new("L", (1, 1)))),
-    "damaged EXIF": lambda directory: seven().save(
-        directory / "file", "PNG", exif=b"Exif\0\0damaged"
-    ),
-    "too many pixels": as_file(png(Image.new("1", (20_000, 20_000)))),
-    "too many pixels with transparency": as_file(png(Image.new("LA", (7_000, 7_000)))),
-    "without Ghostscript": as_file(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EOF\n"),
-    "several pages": lambda directory: seven().save(
-        directory / "file", "TIFF", save_all=True, append_images=[seven(ink="red")]
-    ),
-    "animated": lambda directory: seven().save(
-        directory / "file", "GIF", save_all=True, append_images=[seven(ink="red")]
-    ),
-}
-
-
-REASONS = {
-    "missing": "No such",
-    "text": "not a readable",
-    "empty": "not a readable",
-    "1x1": "1 x 1",
-}
-REASONS |= {"a directory": "directory", "cut off": "damaged", "damaged EXIF": "damaged"}
-REASONS |= {"too many pixels": "too many", "too many pixels with transparency": "too many"}
-REASONS |= {"without Ghostscript": "Ghostscript", "several pages": "several", "animated": "several"}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
-    BAD[kind](tmp_path)
-    with pytest.raises(UserError, match=f"^[^\n]*{REASONS[kind]}[^\n]*$"):
-        read_picture(str(tmp_path / "file"))
-
-
-@pytest.mark.parametrize(
-    "size, reason", [((1, 90_000), "1 x 90000"), ((7_000, 7_000), "pixels"), ((9, 9), "memory")]
-)
-def test_the_size_is_checked_before_decoding_and_a_lack_of_memory_is_named(
-    monkeypatch, size, reason
-):
-    content = png(Image.new("LA", size))
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", Mock(side_effect=MemoryError))
-    with pytest.raises(UserError, match=reason):
+def test_a_format_that_is_not_supported_is_named(content, name):
+    with pytest.raises(UserError, match=name):
         read_picture(io.BytesIO(content))
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
+def encoded(picture, kind="PNG", **options):
     stream = io.BytesIO()
-    seven(800).save(stream, "JPEG", quality=95)
-    stream.seek(0)
-    image = read_picture(stream, max_pixels=100_000)
-    assert image.size == (200, 200)
-    assert similar(prepare(image), prepare(seven()))
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+TWO = {"save_all": True, "append_images": [seven(ink="red")]}
+BAD = {
+    "not a readable": b"not an image",
+    "damaged": encoded(seven())[:300],
+    "1 x 1": encoded(Image.new("L", (1, 1))),
+    "too many pixels": encoded(Image.new("1", (10_000, 7_000))),
+    "Ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EOF\n",
+    "several pages": encoded(seven(), "TIFF", **TWO),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(reason, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
+    with pytest.raises(UserError, match=f"^[^\n]*{reason}[^\n]*$"):
+        read_picture(io.BytesIO(BAD[reason]))
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_of_one_line(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.png"):
+        with pytest.raises(UserError, match="^cannot be read"):
+            read_picture(str(path))
+
+
+def test_a_lack_of_memory_is_named(monkeypatch):
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(UserError, match="memory"):
+        read_picture(io.BytesIO(encoded(seven())))
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "RGBA"])
+def test_one_limit_of_pixels_for_every_kind_of_image(monkeypatch, mode):
+    """Checked before anything is decoded."""
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", Mock(side_effect=MemoryError))
+    for width, reason in ((1000, "memory"), (1001, "too many pixels")):
+        with pytest.raises(UserError, match=reason):
+            read_picture(io.BytesIO(encoded(Image.new(mode, (width, MAX_PIXELS // 1000)))))
+
+
+def test_a_jpeg_of_200_megapixels_is_decoded_at_half_its_size():
+    sheet = Image.new("L", (16_384, 12_288), 255)
+    sheet.paste(seven(8000, mode="L"), (4000, 2000))
+    image = read_picture(io.BytesIO(encoded(sheet, "JPEG")))
+    assert image.size == (8192, 6144) and similar(prepare(image), prepare(seven()))
+
+
+def test_a_jpeg_that_is_still_too_large_at_half_its_size_is_refused():
+    with pytest.raises(UserError, match="too many pixels"):
+        read_picture(io.BytesIO(encoded(Image.new("L", (16_384, 16_384)), "JPEG")))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_ignored(kind):
+    content = encoded(seven(), kind, exif=b"Exif\0\0garbage!")
+    assert similar(prepare(read_picture(io.BytesIO(content))), prepare(seven()))
 
 
 def test_a_chunk_that_does_not_matter_gives_no_warning(recwarn):
-    content = png(seven())
+    content = encoded(seven())
     chunk = b"acTL" + bytes(8)  # of an animation, without frames
     chunk = (8).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     image = read_picture(io.BytesIO(content[:33] + chunk + content[33:]))
