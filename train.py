@@ -121,7 +121,8 @@ def main(argv, recipes=RECIPES):
     evaluation = evaluate, model, eval_sets, autocast, recipe.label_smoothing, unseen
     predict = partial(from_rank_0, *evaluation)
     if args.eval_only:
-        log(f"run      {args.resume}, epoch {len(history)}")
+        if not args.quiet:
+            log(f"run      {args.resume}, epoch {len(history)}")
         for split, predictions in predict().items():
             log(result_line(split, predictions.metrics(), training_caveat(flags)))
         return 0
