@@ -25,7 +25,6 @@ NUM_DIGITS, NUM_SUMS, SIDE = 10, 19, 28
 MEAN, STD = 0.1307, 0.3081  # of the pixels of the training set, scaled to 0..1
 # Of the tensors of both sets: torchvision checks only what it downloads.
 SHA256 = "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"
-DOWNLOAD_TIMEOUT = 10  # seconds without an answer
 
 
 class MNISTSum(Dataset):
@@ -107,10 +106,6 @@ class MNISTSum(Dataset):
             raise UserError(message, status=2)
         return [batch[rank() :: world_size()][: len(batch) // world_size()] for batch in batches]
 
-    def share(self):
-        """This process's images for evaluation: int64 (n,) on the device."""
-        return torch.arange(len(self), device=self.device)[rank() :: world_size()]
-
     def normalized(self, indices, matrices=None):
         """The images as model input, transformed by the matrices: float32 (B, 1, 28, 28)."""
         images = self.images[indices].unsqueeze(1).float()
@@ -146,15 +141,15 @@ def draw_unseen(count, seed):
 
     Each digit, each addend and each sum still occurs in the others. None if count is 0.
     """
-    digit, addend = torch.cartesian_prod(*2 * [torch.arange(NUM_DIGITS)]).unbind(1)  # (100,) each
     if not count:
         return None
+    digit, addend = torch.cartesian_prod(*2 * [torch.arange(NUM_DIGITS)]).unbind(1)  # (100,) each
     rng = generator(seed, "unseen pairs")
     while True:
-        order = torch.randperm(98, generator=rng) + 1  # 0 + 0 and 9 + 9 are the only ones of a sum
-        unseen = torch.zeros(100).bool().index_fill(0, order[:count], True)
-        occurring = [values[~unseen].unique() for values in (digit, addend, digit + addend)]
-        if [*map(len, occurring)] == [NUM_DIGITS, NUM_DIGITS, NUM_SUMS]:
+        order = torch.randperm(98, generator=rng) + 1  # never 0 + 0 or 9 + 9: no other pair has
+        unseen = torch.zeros(100).bool().index_fill(0, order[:count], True)  # their sums
+        sizes = [len(part[~unseen].unique()) for part in (digit, addend, digit + addend)]
+        if sizes == [NUM_DIGITS, NUM_DIGITS, NUM_SUMS]:
             return unseen.view(NUM_DIGITS, NUM_DIGITS)
 
 
@@ -195,7 +190,7 @@ def load_data(name, data_dir):
     UserError if "mnist" is unavailable, or damaged.
     """
     data_dir = Path(data_dir).expanduser()
-    if from_rank_0(available, name, data_dir) == "mnist":
+    if name != "synthetic" and from_rank_0(download, data_dir, name == "mnist"):
         return SimpleNamespace(name="mnist", **read_mnist(data_dir))
     from synthetic import synthetic_mnist  # not at the top: it imports this module
 
@@ -203,36 +198,30 @@ def load_data(name, data_dir):
     return SimpleNamespace(name="synthetic", train=train, test=test)
 
 
-def available(name, data_dir):
-    """The dataset that `load_data` loads: "mnist", downloaded if it is missing, or "synthetic"."""
-    try:
-        if name != "synthetic":
-            download(data_dir)
-            return "mnist"
-    except ConnectionError as error:
-        message = f"{error}; put MNIST's four files in {data_dir}/MNIST/raw or pass --data-dir"
-        if name == "mnist":
-            raise UserError(message) from None
-        warn(f"warning: {message}")
-        warn("training on synthetic digits, NOT MNIST")
-    return "synthetic"
+def download(data_dir, required):
+    """Download MNIST with torchvision unless it is there; returns whether it is there now.
 
-
-def download(data_dir):
-    """Download MNIST with torchvision unless it is there. Raises ConnectionError if that fails."""
+    If that fails: UserError if it is required, else a warning.
+    """
     from torchvision.datasets import MNIST  # not at the top: importing it takes a second
 
     if all((data_dir / "MNIST" / "raw" / Path(url).stem).exists() for url, _ in MNIST.resources):
-        return
+        return True
     warn(f"downloading MNIST to {data_dir}")
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+    socket.setdefaulttimeout(10)  # seconds without an answer; torchvision sets none
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(data_dir, download=True)  # prints a progress bar for each file
+        return True
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConnectionError(f"MNIST cannot be downloaded ({reason})") from None
+        message = f"MNIST cannot be downloaded ({str(error).strip().splitlines()[-1]}); "
+        message += f"put its four files in {data_dir}/MNIST/raw or pass --data-dir"
+        if required:
+            raise UserError(message) from None
+        warn(f"warning: {message}")
+        warn("training on synthetic digits, NOT MNIST")
+        return False
     finally:
         socket.setdefaulttimeout(timeout)
 

@@ -56,6 +56,18 @@ def build_model(encoder, head):
     return TwoHeadedNet(layers.train(), head(features.shape[1]))
 
 
+def kl_loss(log_probs, target, smoothing):
+    """KL divergence from the label, smoothed, to the prediction: log_probs (..., C), target (...).
+
+    It is `cross_entropy` with label smoothing, less a constant that makes the minimum 0.
+    """
+    classes = log_probs.shape[-1]
+    nll = F.nll_loss(log_probs.reshape(-1, classes), target.reshape(-1))
+    label = (1 - smoothing) * torch.eye(classes)[0] + smoothing / classes
+    entropy = torch.special.entr(label).sum().item()
+    return (1 - smoothing) * nll - smoothing * log_probs.mean() - entropy
+
+
 def probabilities(log_probs, label_smoothing):
     """Probabilities from log-probabilities (..., C), with label smoothing undone.
 
@@ -157,24 +169,25 @@ class ComplexNumbers(nn.Module):
     def __init__(self, num_features):
         super().__init__()
         self.digit = nn.Linear(num_features, NUM_DIGITS)
-        # Real and imaginary parts. With larger numbers at the start, it learns pairs by heart.
-        self.numbers = nn.Parameter(0.1 * torch.randn(2, NUM_SUMS, self.components))
+        # Real and imaginary parts. Small at the start, since large numbers learn pairs by heart,
+        # and scaled by 20 when they are used, so that a step of the optimizer changes them faster.
+        self.numbers = nn.Parameter(0.01 * torch.randn(2, NUM_SUMS, self.components))
 
     def forward(self, features, addend):
         digit_logits = self.digit(features)  # (B, 10)
-        real, imag = self.numbers  # (19, C) each
+        real, imag = 20 * self.numbers  # (19, C) each
         a, b = (F.softmax(digit_logits, dim=1) @ part[:NUM_DIGITS] for part in (real, imag))
         c, d = (addend @ part[:NUM_DIGITS] for part in (real, imag))
         # (a + bi) (c + di), and its inner product with each number; (B, C), then (B, 19)
-        return digit_logits, 10 * ((a * c - b * d) @ real.T + (a * d + b * c) @ imag.T)
+        return digit_logits, (a * c - b * d) @ real.T + (a * d + b * c) @ imag.T
 
 
 class OuterProduct(nn.Module):
     """The outer product of digit probabilities and one-hot addend, 10 x 10, then FC 19.
 
     P(sum = s) = P(digit = s - addend) is linear in these 100 products, so a linear layer can output
-    a multiple of it as the logit of s. Then the predicted sum is always the predicted digit plus
-    the addend. A linear layer on the 10 + 10 inputs, without products, learns the sum slowly.
+    a multiple of it as the logit of s. But each pair has weights of its own: it looks sums up
+    instead of adding, and the sum of a pair that never occurred in training is wrong.
     """
 
     def __init__(self, num_features):

@@ -12,14 +12,15 @@ from glob import escape, glob
 from mimetypes import guess_type
 from pathlib import Path
 
+from training.cli import Parser, exit_status
+from training.errors import UserError
+
 from handwriting.export import FORMATS, export
 from handwriting.picture import read_picture
 from handwriting.predictor import Predictor, load_model, predict
 from handwriting.prepare import NO_INK, prepare, upright
 from training.checkpoint import training_caveat
-from training.cli import Parser, exit_status
 from training.console import log, warn
-from training.errors import UserError
 from training.files import write_atomic
 
 MAX_PLOTTED = 20  # images

@@ -20,9 +20,8 @@ outer-product is default with a head that looks the sums up instead of adding. P
 described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow, shared-trunk-fixed,
 concat-linear, concat-linear-fixed, added, added-fixed.
 
-A loss is the KL divergence from the label, smoothed as in training, to the prediction. In the
-results, "both" counts pairs of image and addend with digit and sum correct; "consistent" those
-where the predicted sum is the predicted digit plus the addend.
+In the results, "both" counts pairs of image and addend with digit and sum correct; "consistent"
+those where the predicted sum is the predicted digit plus the addend.
 """
 
 import sys
@@ -33,25 +32,17 @@ import training  # noqa: F401 (first: sets what torch reads from the environment
 
 # isort: split
 import torch
-import torch.nn.functional as F
 
 from dataset import MNISTSum, draw_unseen, load_data, split_indices
-from model import build_model
+from model import build_model, kl_loss
 from recipes import RECIPES
 from training.checkpoint import restore, training_caveat
 from training.console import UserError, exit_status, log
 from training.device import move_model, pick_device
 from training.flags import parse_args, saved_flags
-from training.metrics import (
-    Predictions,
-    epoch_line,
-    epoch_row,
-    result_line,
-    step_metrics,
-    train_metrics,
-)
-from training.processes import broadcast_buffers, close, connect, replicate
-from training.recipe import check_same, recipe_from_args
+from training.metrics import Predictions, epoch_line, epoch_row, result_line, train_metrics
+from training.processes import close, connect, from_rank_0, replicate
+from training.recipe import check_resumable, recipe_from_args
 from training.run import Run
 
 EVAL_BATCH = 500  # images, each evaluated with all ten addends
@@ -59,7 +50,10 @@ DRY_RUN_BATCHES, DRY_RUN_IMAGES = 3, 200  # at most
 
 
 def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
-    """Train for one epoch; returns the sums of `step_metrics` for each step: float64 (S, 5)."""
+    """Train for one epoch; returns sums over the images of each step: float64 (S, 5).
+
+    They are those of `TRAIN_METRICS`, and the number of images.
+    """
     model.train()
     torch.manual_seed(dataset.seed + epoch)  # for dropout, if the network has it
     batches = dataset.batches(recipe.batch_size, recipe.drop_last)  # this process's share of each
@@ -72,41 +66,34 @@ def train_epoch(model, optimizer, dataset, recipe, epoch, autocast, progress):
 
         with autocast():
             digit_log_probs, sum_log_probs = model(image, addend)  # (B, 10), (B, 19)
-        digit_loss = smoothed_nll(digit_log_probs, digit, recipe.label_smoothing)
-        sum_loss = smoothed_nll(sum_log_probs, total, recipe.label_smoothing)
-        loss = recipe.loss_weight * (digit_loss + sum_loss)
+        digit_loss = kl_loss(digit_log_probs, digit, recipe.label_smoothing)
+        sum_loss = kl_loss(sum_log_probs, total, recipe.label_smoothing)
+        loss = recipe.digit_weight * digit_loss + recipe.sum_weight * sum_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        outputs = (digit_log_probs, digit, digit_loss), (sum_log_probs, total, sum_loss)
-        steps.append(step_metrics(*outputs))
+        digit_right = (digit_log_probs.argmax(dim=1) == digit).float().mean()
+        sum_right = (sum_log_probs.argmax(dim=1) == total).float().mean()
+        means = torch.stack([digit_loss, sum_loss, digit_right, sum_right, torch.ones_like(loss)])
+        steps.append(len(digit) * means.detach())  # stays on the device: reading it would stall
         progress.update()
     return torch.stack(steps).cpu().double()
 
 
-def smoothed_nll(log_probs, target, smoothing):
-    """`nll_loss` with label smoothing, as in `cross_entropy`: log_probs (B, C), target (B,)."""
-    return (1 - smoothing) * F.nll_loss(log_probs, target) - smoothing * log_probs.mean()
-
-
 @torch.no_grad()
-def evaluate(model, datasets, autocast, *options):
-    """Predict each image of the datasets, a dict by split, with all ten addends.
-
-    Returns `metrics.Predictions` by split, equal on all ranks; options: its last fields. The images
-    are divided among the processes, and each image is encoded once.
-    """
-    broadcast_buffers(model)
+def evaluate(model, datasets, autocast, label_smoothing, unseen):
+    """Predict each image with all ten addends; returns Predictions by split, as in `datasets`."""
     model.eval()
     predictions = {}
     for split, dataset in datasets.items():
         outputs = []
-        for indices in dataset.share().split(EVAL_BATCH):
+        for indices in torch.arange(len(dataset), device=dataset.device).split(EVAL_BATCH):
             with autocast():
-                features = model.encoder(dataset.normalized(indices))  # (B, F)
+                features = model.encoder(dataset.normalized(indices))  # (B, F), once per image
             outputs.append(model.classify_all(features))  # (B, 10, 10), (B, 10, 19)
-        predictions[split] = Predictions.merged(outputs, dataset.digits.cpu(), *options)
+        outputs = [torch.cat(parts).cpu() for parts in zip(*outputs, strict=True)]
+        predictions[split] = Predictions(*outputs, dataset.digits.cpu(), label_smoothing, unseen)
     return predictions
 
 
@@ -128,12 +115,14 @@ def main(argv, recipes=RECIPES):
     flags = saved_flags(args, data.name, precision)
     history, curve = [], []  # rows of metrics.csv, and of loss.png
     if checkpoint:
-        check_same(checkpoint, recipe)
+        check_resumable(checkpoint, recipe)
         restore(checkpoint, model, None if args.eval_only else optimizer)
         history, curve = checkpoint["history"], checkpoint["curve"]
-    predict = partial(evaluate, model, eval_sets, autocast, recipe.label_smoothing, unseen)
+    evaluation = evaluate, model, eval_sets, autocast, recipe.label_smoothing, unseen
+    predict = partial(from_rank_0, *evaluation)
     if args.eval_only:
-        log(f"run      {args.resume}, epoch {len(history)}")
+        if not args.quiet:
+            log(f"run      {args.resume}, epoch {len(history)}")
         for split, predictions in predict().items():
             log(result_line(split, predictions.metrics(), training_caveat(flags)))
         return 0
@@ -147,15 +136,15 @@ def main(argv, recipes=RECIPES):
         for epoch in epochs:
             train_set.set_epoch(epoch)
             start = time.perf_counter()
-            sums = train_epoch(replica, optimizer, train_set, recipe, epoch, autocast, progress)
+            metrics = train_epoch(replica, optimizer, train_set, recipe, epoch, autocast, progress)
             seconds = time.perf_counter() - start
             predictions = predict()
-            trained, points = train_metrics(sums, epoch, recipe.label_smoothing)
+            trained, points = train_metrics(metrics, epoch)
             row = epoch_row(epoch, optimizer, trained, predictions, seconds)
             run.save_epoch(model, optimizer, history + [row], curve + points)
             history, curve = history + [row], curve + points
             run.log(epoch_line(row, recipe.epochs))
-        predictions = predictions or predict()
+        predictions = predictions or predict()  # if no epoch was left
         run.save_results(predictions["test"], history)
         run.save_plots(predictions["test"], history, curve, eval_sets["test"], model.head)
     close()
@@ -176,22 +165,22 @@ def make_datasets(data, recipe, unseen, seed, dry_run, device):
     eval_sets = {"val": make(data.train, "val", val)} if recipe.val_size else {}
     eval_sets["test"] = make(data.test, "test", test)
     affine = recipe.rotate, recipe.translate, recipe.scale, recipe.shear
-    options = {
-        "addends": recipe.addends,
-        "unseen": unseen,
-        "affine": affine if any(affine) else None,
-    }
+    affine = affine if any(affine) else None
+    options = {"addends": recipe.addends, "unseen": unseen, "affine": affine}
     return make(data.train, "train", train, **options), eval_sets
 
 
 def make_optimizer(model, recipe):
     """The optimizer of a recipe; `train_epoch` sets its learning rate at each step."""
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    options["fused"] = next(model.parameters()).device.type in ("cpu", "cuda")
+    parameters = dict(model.named_parameters())
+    numbers = [parameters.pop(name) for name in [*parameters] if name.endswith("head.numbers")]
+    groups = [{"params": [*parameters.values()], "weight_decay": recipe.weight_decay}]
+    groups.append({"params": numbers, "weight_decay": recipe.numbers_decay})
+    options = {"lr": recipe.lr, "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
     if recipe.optimizer == "SGD":
-        return torch.optim.SGD(model.parameters(), momentum=recipe.momentum, **options)
+        return torch.optim.SGD(groups, momentum=recipe.momentum, **options)
     betas = recipe.momentum, recipe.beta2
-    return getattr(torch.optim, recipe.optimizer)(model.parameters(), betas=betas, **options)
+    return getattr(torch.optim, recipe.optimizer)(groups, betas=betas, **options)
 
 
 if __name__ == "__main__":

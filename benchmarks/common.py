@@ -1,6 +1,7 @@
 """What the benchmarks share: cost of a recipe, statistics, provenance of a result, its file."""
 
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -11,10 +12,14 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dataset import NUM_DIGITS, SIDE
 from model import build_model
+from recipes import RECIPES
 from training.checkpoint import RUNS
-from training.constants import NUM_DIGITS, SIDE
+from training.console import Number
 from training.files import write_atomic
+from training.flags import train_parser
+from training.recipe import recipe_from_args
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = RUNS / "benchmarks"
@@ -24,7 +29,7 @@ OWN_FLAGS = ("--recipe", "--seed", "--output-dir", "--resume", "--eval-only")  #
 
 def multiply_adds(recipe):
     """Multiply-adds of the forward pass of one image through the network of a Recipe."""
-    model = build_model(recipe.encoder, recipe.head, recipe.members).eval()
+    model = build_model(recipe.encoder, recipe.head).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 1, SIDE, SIDE), torch.zeros(1, NUM_DIGITS))
     return counter.get_total_flops() // 2
@@ -36,21 +41,44 @@ def training_flops(recipe):
 
 
 def summary(values):
-    """Number, mean, sample standard deviation (None for a single value) and range of values."""
+    """Statistics of values as a dict; the standard deviation of a single value is None."""
     return {
         "n": len(values),
         "mean": statistics.mean(values),
         "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "median": statistics.median(values),
         "min": min(values),
         "max": max(values),
     }
 
 
+def percent(values, *others):
+    """The mean (sd) of a `summary` of fractions in percent, and others such as "min", as text."""
+    if values is None:
+        return "–"
+    sd = "" if values["sd"] is None else f" ({100 * values['sd']:.3f})"
+    texts = [f", {name} {100 * values[name]:.3f}" for name in others]
+    return "".join([f"{100 * values['mean']:.3f}{sd}", *texts])
+
+
+def compared(values, others):
+    """Mean difference of equal seeds in percentage points ± the standard error of that mean."""
+    change = summary([100 * (a - b) for a, b in zip(values, others, strict=True)])
+    error = f" ± {change['sd'] / math.sqrt(change['n']):.3f}" if change["n"] > 1 else ""
+    return f"{change['mean']:+.3f}{error}"
+
+
+def markdown(header, rows):
+    """A table in Markdown; all columns but the first are aligned to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def machine():
-    """The processor and the number of threads, as text."""
+    """The processor, the number of threads, and the GPU if there is one, as text."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions know nothing
-    processor = known.get("cpu_name", platform.machine())
-    return f"{processor}, {torch.get_num_threads()} threads"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{known.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads{gpu}"
 
 
 def provenance(script, argv):
@@ -78,5 +106,33 @@ def save_json(path, value):
 def train_flag(text):
     """An argparse type: a flag of train.py that the benchmarks do not set themselves."""
     if text.partition("=")[0] in OWN_FLAGS:
-        raise ArgumentTypeError(f"{text} cannot be given after --")
+        raise ArgumentTypeError(f"{text} is set by the benchmark")
     return text
+
+
+def train_flags(text):
+    """An argparse type: the same for several flags in one text, as a list."""
+    return [train_flag(flag) for flag in shlex.split(text)]
+
+
+def add_flags(parser, output, recipe=None, seeds=None):
+    """Add --output, flags of train.py, and --recipe and --seeds if they have a default."""
+
+    def flag(name, text, **options):
+        parser.add_argument(name, help=f"{text} (default: %(default)s)", **options)
+
+    if recipe:
+        text = "row of the table in recipes.py"
+        flag("--recipe", text, choices=RECIPES, default=recipe, metavar="NAME")
+    if seeds:
+        text = "number of seeds: 0 to N - 1"
+        flag("--seeds", text, type=Number(int, 1, 10_000), default=seeds, metavar="N")
+    flag("--output", "results file", type=Path, default=BENCHMARKS / output, metavar="FILE")
+    text = "flags of train.py, after --"
+    parser.add_argument("flags", nargs="*", type=train_flag, help=text)
+
+
+def parse_flags(flags):
+    """The arguments and the Recipe for flags of train.py. Raises UserError if they are invalid."""
+    args = train_parser("", RECIPES).parse_args(flags)
+    return args, recipe_from_args(args, RECIPES)

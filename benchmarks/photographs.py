@@ -17,11 +17,10 @@ from benchmarks.common import BENCHMARKS, provenance, save_json
 from benchmarks.drawings import DRAWINGS, drawing
 from benchmarks.scenes import SCENES
 from benchmarks.simulation import DAMAGES, photograph
-from dataset import load_data
+from dataset import SIDE, load_data
 from handwriting.predictor import Predictor, load_model, predict
 from handwriting.prepare import Prepared, prepare
-from training.cli import Parser, exit_status, number
-from training.constants import SIDE
+from training.console import Number, Parser, exit_status
 
 KINDS = (*DAMAGES, *DRAWINGS, *SCENES)
 
@@ -82,8 +81,8 @@ def parse_args(argv):
     flag("run", help="run directory or checkpoint")
     flag("--data-dir", default="data", metavar="DIR", help="dataset root (default: %(default)s)")
     text = "pictures of each kind (default: %(default)s)"
-    flag("--count", type=number(int, 1, 10_000), default=200, metavar="N", help=text)
-    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="default: 0")
+    flag("--count", type=Number(int, 1, 10_000), default=200, metavar="N", help=text)
+    flag("--seed", type=Number(int, 0, 2**32 - 1), default=0, metavar="N", help="default: 0")
     text = "results file (default: %(default)s)"
     flag("--output", type=Path, default=BENCHMARKS / "photographs.json", metavar="FILE", help=text)
     return parser.parse_args(argv)

@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from training.constants import SIDE
+from training.errors import UserError
 
 from training.checkpoint import training_caveat
 from training.console import printable
-from training.constants import SIDE
-from training.errors import UserError
 from training.files import write_atomic
 
 PT2_CODE = """import torch

@@ -9,7 +9,7 @@ from model import build_model, probabilities
 from recipes import RECIPES
 from training.checkpoint import load_checkpoint, restore
 from training.console import UserError
-from training.recipe import named
+from training.recipe import choices_of
 
 UNSURE = 0.65  # warn if the digit is less probable than this
 
@@ -23,7 +23,7 @@ def load_model(path, checkpoint=None):
     checkpoint = checkpoint or load_checkpoint(path)
     saved = checkpoint["recipe"]
     try:
-        encoder, head = (named(part, RECIPES)[saved[part]] for part in ("encoder", "head"))
+        encoder, head = (choices_of(part, RECIPES)[saved[part]] for part in ("encoder", "head"))
         model = build_model(encoder, head)
         restore(checkpoint, model)
     except (KeyError, UserError) as error:

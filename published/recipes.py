@@ -22,9 +22,10 @@ concat_mlp = published(
     epochs=20,
     batch_size=128,
     lr=0.01,
+    digit_weight=0.5,
+    sum_weight=0.5,
     optimizer="SGD",
     momentum=0.7,
-    loss_weight=0.5,
     drop_last=True,
 )
 shared_trunk = published(
@@ -46,7 +47,8 @@ concat_linear = published(
     batch_size=64,
     lr=0.001,
     optimizer="Adam",
-    loss_weight=0.5,
+    digit_weight=0.5,
+    sum_weight=0.5,
 )
 added = published(
     description="published: embedded addend added to 60 features",

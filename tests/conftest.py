@@ -28,8 +28,8 @@ from torchvision.datasets import MNIST
 import dataset
 import train
 from recipes import RECIPES
+from synthetic import synthetic_mnist
 from training import plots
-from training.synthetic import synthetic_mnist
 
 TRAIN_IMAGES, TEST_IMAGES = 600, 200
 
@@ -39,20 +39,21 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 
-def mnist_files(train_images, test_images):
-    """The four files of a small MNIST: name -> bytes."""
-    files = {}
+def pytest_xdist_auto_num_workers(config):
+    """Two processes, but none besides this one for a single file: each takes seconds to start."""
+    return 0 if len(config.args) == 1 and ".py" in config.args[0] else 2
+
+
+def small_mnist(train_images, test_images):
+    """A small MNIST: its four files, name -> bytes, and its value of dataset.SHA256."""
+    files, digest = {}, hashlib.sha256()
     for prefix, split, count in (("train", "train", train_images), ("t10k", "test", test_images)):
         digits = synthetic_mnist(split, count)
         for kind, tensor in (("images-idx3", digits.data), ("labels-idx1", digits.targets)):
             header = bytes([0, 0, 8, tensor.ndim]) + struct.pack(f">{tensor.ndim}I", *tensor.shape)
             files[f"{prefix}-{kind}-ubyte"] = header + tensor.byte().numpy().tobytes()
-    return files
-
-
-def sha256_digests(files):
-    """A replacement for dataset.SHA256 that accepts these files."""
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            digest.update(tensor.numpy())
+    return files, digest.hexdigest()
 
 
 def write_mnist(data_dir, files):
@@ -63,19 +64,19 @@ def write_mnist(data_dir, files):
 
 
 @pytest.fixture(scope="session")
-def idx_files():
-    return mnist_files(TRAIN_IMAGES, TEST_IMAGES)
+def small():
+    return small_mnist(TRAIN_IMAGES, TEST_IMAGES)
 
 
-@pytest.fixture(scope="session")
-def digests(idx_files):
-    return sha256_digests(idx_files)
+@pytest.fixture
+def idx_files(small):
+    return small[0]
 
 
 @pytest.fixture(autouse=True)
-def small_mnist(monkeypatch, digests):
+def only_small_mnist(monkeypatch, small):
     """Only the small files pass as MNIST, and nothing can be downloaded."""
-    monkeypatch.setattr(dataset, "SHA256", digests)
+    monkeypatch.setattr(dataset, "SHA256", small[1])
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
 
 
@@ -132,7 +133,7 @@ def job_with_plots(workdir, capsys):
 @pytest.fixture
 def job(job_with_plots, monkeypatch):
     """The same without plots and without waiting for the disk, which take most of the time."""
-    monkeypatch.setattr(plots, "run_figures", lambda *args: {})
+    monkeypatch.setattr(plots, "run_figures", lambda *args: [])
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     return job_with_plots
 
@@ -140,10 +141,6 @@ def job(job_with_plots, monkeypatch):
 def toy():
     """An encoder without batch normalization and with few parameters."""
     return nn.Sequential(nn.Conv2d(1, 8, 5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-
-
-def toy_with_dropout():
-    return nn.Sequential(nn.Dropout(0.2), toy())
 
 
 TOY = replace(RECIPES["concat-mlp"], encoder=toy, drop_last=False)

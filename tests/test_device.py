@@ -1,17 +1,13 @@
 """The choice of device and precision, as far as a machine without a GPU can show it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from training import distributed
+from training import device
+from training.console import UserError
 from training.device import has_fast_bf16, pick_device
-from training.errors import UserError
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
-ZEROS = torch.zeros
-NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -24,128 +20,91 @@ def restored_settings(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def flags(device="auto", precision="fp32", deterministic=False):
-    return SimpleNamespace(device=device, precision=precision, deterministic=deterministic)
+def pick(name):
+    return pick_device(name, "fp32")[0]
 
 
-def pick(device):
-    return pick_device(flags(device))[0]
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes torch find GPUs, and this one of several processes; returns the GPUs made current."""
+
+    def imitate(gpus, error="CUDA error: invalid device ordinal", rank=0, processes=1):
+        def zeros(*size, device):
+            if device.startswith("cuda"):
+                if not (int(device[-1]) < gpus and error.startswith("CUDA")):
+                    raise RuntimeError(f"{error}\nCUDA kernel errors might be reported later")
+                device = "cpu"
+            return torch_zeros(*size, device=device)
+
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(device, "world_size", lambda: processes)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch, "zeros", zeros)
+        return current
+
+    current, torch_zeros = [], torch.zeros
+    return imitate
 
 
-def set_gpus(monkeypatch, count):
-    """Make torch find so many GPUs; returns a list of those that are made the current one."""
-    current = []
-
-    def zeros(*size, device=None, **options):
-        if torch.device(device or "cpu").type == "cuda" and torch.device(device).index >= count:
-            raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be")
-        return ZEROS(*size, **options)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(torch, "zeros", zeros)
-    return current
-
-
-def set_process(monkeypatch, rank, processes):
-    """Make this one of several processes."""
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    monkeypatch.setattr(distributed, "rank", lambda: 0)  # prints its warnings
-
-
-@pytest.mark.parametrize("wish, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_a_gpu_is_used_and_made_the_current_one(monkeypatch, wish, index):
-    current = set_gpus(monkeypatch, 2)
-    assert pick(wish) == torch.device("cuda", index)
-    assert current == [torch.device("cuda", index)]
+def test_a_gpu_is_used_and_made_the_current_one(machine):
+    for wish, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        current = machine(gpus=2)
+        assert pick(wish) == current.pop() == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_without_a_gpu_auto_takes_the_cpu_silently_and_cuda_with_a_warning(
-    monkeypatch, capsys, processes
+    machine, capsys, processes
 ):
-    set_gpus(monkeypatch, 0)
-    set_process(monkeypatch, 0, processes)
+    machine(gpus=0, processes=processes)
     assert pick("auto") == CPU and capsys.readouterr().err == ""
     for wish in ("cuda", "cuda:1", "mps"):
         assert pick(wish) == CPU
-        assert capsys.readouterr().err.startswith("warning: no ")
+        assert capsys.readouterr().err.startswith(f"warning: {wish[:4]}")
 
 
-class Unusable:
-    def __add__(self, other):
-        raise RuntimeError(f"{NO_KERNEL}\nCUDA kernel errors might be reported later")
-
-
-def out_of_memory(size, device):
-    raise torch.OutOfMemoryError("out of memory")
-
-
-@pytest.mark.parametrize(
-    "zeros, cause", [(out_of_memory, "out of memory"), (lambda size, device: Unusable(), NO_KERNEL)]
-)
 def test_a_gpu_that_fails_is_replaced_by_the_cpu_but_not_for_one_of_several_processes(
-    monkeypatch, capsys, zeros, cause
+    machine, capsys
 ):
-    set_gpus(monkeypatch, 2)
-    monkeypatch.setattr(torch, "zeros", zeros)
-    args = flags("cuda")
-    assert pick_device(args)[0] == CPU
-    assert capsys.readouterr().err == f"warning: cuda:0 failed: {cause}: running on the CPU\n"
-    set_process(monkeypatch, 1, 2)
-    with pytest.raises(UserError, match=f"cuda:1 failed: {cause}.*--device cpu"):
+    machine(gpus=2, error="no kernel image is available")
+    assert pick("cuda") == CPU
+    err = capsys.readouterr().err
+    assert err == "warning: cuda:0 failed: no kernel image is available: running on the CPU\n"
+    machine(gpus=2, error="no kernel image is available", rank=1, processes=2)
+    with pytest.raises(UserError, match="cuda:1 failed: no kernel image.*--device cpu"):
         pick("cuda")
 
 
 @pytest.mark.parametrize("wish", ["auto", "cuda", "cuda:1"])
-def test_each_process_uses_its_own_gpu_and_fewer_gpus_than_processes_are_an_error(
-    monkeypatch, wish
-):
-    set_gpus(monkeypatch, 2)
+def test_each_process_uses_its_own_gpu_and_fewer_gpus_than_processes_are_an_error(machine, wish):
     for rank in (0, 1):
-        set_process(monkeypatch, rank, 3)
+        machine(gpus=2, rank=rank, processes=3)
         assert pick(wish) == torch.device("cuda", rank)
-    set_process(monkeypatch, 2, 3)
+    machine(gpus=2, rank=2, processes=3)
     with pytest.raises(UserError, match="cuda:2 failed: .*--device cpu"):
         pick(wish)
     assert pick("cpu") == CPU
 
 
-CAPABILITIES = [({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)]
+def test_bf16_is_used_if_the_hardware_has_it(monkeypatch):
+    for known in ({}, {"avx512_bf16": True}, {"amx_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda k=known: k, raising=False)
+        assert pick_device("cpu", "auto") == (CPU, "bf16" if known else "fp32")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # of an older torch
+    assert pick_device("cpu", "auto")[1] == "fp32" and pick_device("cpu", "bf16")[1] == "bf16"
+    for real in (True, False):  # a GPU may emulate it
+        supported = lambda including_emulation=True, real=real: real or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert has_fast_bf16(torch.device("cuda:0")) == real
 
 
-@pytest.mark.parametrize("capabilities, fast", CAPABILITIES)
-def test_a_cpu_uses_bf16_if_it_is_fast(monkeypatch, capabilities, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_fast_bf16(CPU) == fast
-    args = flags(precision="auto")
-    set_gpus(monkeypatch, 0)
-    _, autocast = pick_device(args)
-    assert args.precision == ("bf16" if fast else "fp32")
-    with autocast():
-        assert torch.is_autocast_enabled("cpu") == fast
-
-
-def test_a_torch_that_knows_nothing_of_the_cpu_uses_fp32(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not has_fast_bf16(CPU)
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_a_gpu_uses_bf16_unless_it_would_be_emulated(monkeypatch, supported):
-    def is_bf16_supported(including_emulation=True):
-        return supported or including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert has_fast_bf16(GPU) == supported
-
-
-def test_fp32_is_not_rounded_to_tf32_and_deterministic_is_passed_on():
-    for deterministic in (True, False):
-        pick_device(flags("cpu", deterministic=deterministic))
+def test_fp32_is_not_rounded_to_tf32_and_deterministic_is_passed_on(machine):
+    machine(gpus=1)
+    for deterministic in (False, True):
+        pick_device("cuda", "fp32", deterministic)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark == (not deterministic)
         assert not torch.backends.cudnn.allow_tf32

@@ -8,6 +8,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, PngImagePlugin
+from training.errors import UserError
+from training.synthetic import synthetic_mnist
 
 from benchmarks.drawings import DRAWINGS, drawing, letterboxed
 from benchmarks.photographs import make_pictures
@@ -17,8 +19,6 @@ from dataset import load_data
 from handwriting import handwriting
 from handwriting.picture import read_picture
 from handwriting.prepare import CUT, NO_INK, SEVERAL, as_mnist, prepare
-from training.errors import UserError
-from training.synthetic import synthetic_mnist
 
 NEEDS_MNIST = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR is not set")
 

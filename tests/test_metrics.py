@@ -1,10 +1,12 @@
 """The metrics, against the same computed in another way."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from training.metrics import CURVE_POINTS, Predictions, epoch_metrics
+from training.metrics import CURVE_POINTS, Predictions, train_metrics
 
 
 @pytest.fixture
@@ -14,31 +16,24 @@ def predictions():
     digit = 2 * torch.randn(30, 10, 10, generator=draw) + 3 * F.one_hot(digits, 10)[:, None]
     total = torch.randn(30, 10, 19, generator=draw)
     total = total + 3 * F.one_hot(digits[:, None] + torch.arange(10), 19)
-    return Predictions(digit.log_softmax(2), total.log_softmax(2), digits)
+    return Predictions(digit.log_softmax(2), total.log_softmax(2), digits, 0.0, None)
 
 
 def test_metrics_are_those_of_a_count_pair_by_pair(predictions):
-    digit_loss = sum_loss = 0.0
-    correct_digits = correct_sums = correct_both = consistent = 0
+    counts = Counter()
     for i, digit in enumerate(predictions.digits.tolist()):
         for addend in range(10):
-            digit_log_probs = predictions.digit_log_probs[i, addend]
-            sum_log_probs = predictions.sum_log_probs[i, addend]
-            digit_loss += F.cross_entropy(digit_log_probs, torch.tensor(digit)).item()
-            sum_loss += F.cross_entropy(sum_log_probs, torch.tensor(digit + addend)).item()
-            predicted, total = int(digit_log_probs.argmax()), int(sum_log_probs.argmax())
-            correct_digits += predicted == digit
-            correct_sums += total == digit + addend
-            correct_both += predicted == digit and total == digit + addend
-            consistent += total == predicted + addend
-    metrics = predictions.metrics()
-    assert metrics["digit_loss"] == pytest.approx(digit_loss / 300, rel=1e-5)
-    assert metrics["sum_loss"] == pytest.approx(sum_loss / 300, rel=1e-5)
-    assert metrics["digit_accuracy"] == pytest.approx(correct_digits / 300)
-    assert metrics["sum_accuracy"] == pytest.approx(correct_sums / 300)
-    assert metrics["both_accuracy"] == pytest.approx(correct_both / 300)
-    assert metrics["consistency"] == pytest.approx(consistent / 300)
-    assert 0 < correct_both < correct_sums < 300  # so that all of these differ
+            outputs = predictions.digit_log_probs[i, addend], predictions.sum_log_probs[i, addend]
+            counts["digit_loss"] -= outputs[0][digit].item()
+            counts["sum_loss"] -= outputs[1][digit + addend].item()
+            predicted, total = (int(output.argmax()) for output in outputs)
+            counts["digit_accuracy"] += predicted == digit
+            counts["sum_accuracy"] += total == digit + addend
+            counts["both_accuracy"] += (predicted, total) == (digit, digit + addend)
+            counts["consistency"] += total == predicted + addend
+    expected = {name: pytest.approx(count / 300, rel=1e-5) for name, count in counts.items()}
+    assert predictions.metrics() == expected
+    assert 0 < counts["both_accuracy"] < counts["sum_accuracy"] < 300
 
 
 def test_confusion_counts_an_image_once_by_its_mean_probability_and_each_of_its_sums(predictions):
@@ -54,71 +49,60 @@ def test_confusion_counts_an_image_once_by_its_mean_probability_and_each_of_its_
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_objectives_are_the_divergence_from_the_smoothed_targets(predictions, smoothing):
-    metrics = predictions.metrics(smoothing)
-    for name, log_probs, targets in zip(
-        ("digit", "sum"), predictions[:2], predictions.targets(), strict=True
-    ):
-        classes = log_probs.shape[2]
-        smoothed = (1 - smoothing) * F.one_hot(targets, classes) + smoothing / classes
-        expected = F.kl_div(log_probs, smoothed, reduction="sum").item() / 300
-        assert metrics[f"{name}_objective"] == pytest.approx(expected, rel=1e-4)
+def test_losses_are_the_divergence_from_the_smoothed_targets(predictions, smoothing):
+    targets = predictions.targets()
+    smoothed = [
+        (1 - smoothing) * F.one_hot(target, classes) + smoothing / classes
+        for target, classes in zip(targets, (10, 19), strict=True)
+    ]
+    metrics = predictions._replace(label_smoothing=smoothing).metrics()
+    perfect = Predictions(
+        *(s.log() for s in smoothed), predictions.digits, smoothing, None
+    ).metrics()
+    for name, log_probs, target in zip(("digit", "sum"), predictions[:2], smoothed, strict=True):
+        expected = F.kl_div(log_probs, target, reduction="sum").item() / 300
+        assert metrics[f"{name}_loss"] == pytest.approx(expected, rel=1e-4)
+        assert smoothing == 0 or perfect[f"{name}_loss"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_addition_table_counts_the_sums_of_each_digit_and_addend(predictions):
-    digits, _ = predictions.targets()
-    _, sums = predictions.predicted()
-    shares = predictions.addition()
-    for digit in range(10):
+def test_unseen_pairs_are_counted_apart_from_seen_ones(predictions):
+    unseen = torch.rand(10, 10, generator=torch.Generator().manual_seed(4)) < 0.3
+    metrics, counts = predictions._replace(unseen=unseen).metrics(), {True: [], False: []}
+    for i, digit in enumerate(predictions.digits.tolist()):
         for addend in range(10):
-            counts = sums[digits[:, 0] == digit, addend].bincount(minlength=19)
-            expected = counts.double() / counts.sum()  # NaN if there is no such digit
-            torch.testing.assert_close(shares[digit, addend], expected, equal_nan=True)
+            correct = int(predictions.sum_log_probs[i, addend].argmax()) == digit + addend
+            counts[bool(unseen[digit, addend])].append(correct)
+    for name, values in (("unseen", counts[True]), ("seen", counts[False])):
+        assert metrics.pop(f"{name}_sum_accuracy") == pytest.approx(sum(values) / len(values))
+    assert metrics == predictions.metrics()
 
 
 def test_all_misread_images_are_mistakes_the_most_confident_first(predictions):
-    mistakes = predictions.mistakes(disputed={0, 1, 2, 3, 4})
+    mistakes = predictions.mistakes()
     predicted, probability = predictions.image_digits()
-    for row in mistakes:
-        index, label, prediction, confidence, disputed = row
+    for index, label, prediction, confidence in mistakes:
         assert label == predictions.digits[index] != prediction == predicted[index]
-        assert confidence == probability[index] and disputed == (index < 5)
+        assert confidence == probability[index]
     confidences = [row[3] for row in mistakes]
     assert confidences == sorted(confidences, reverse=True)
     assert len(mistakes) == (predicted != predictions.digits).sum() > 0
 
 
-def test_wrong_sums_are_those_of_correct_digits_the_most_confident_first(predictions):
-    pairs = predictions.wrong_sums().tolist()
-    (digits, totals), (predicted_digits, sums) = predictions.targets(), predictions.predicted()
-    expected = [
-        [i, addend]
-        for i in range(30)
-        for addend in range(10)
-        if predicted_digits[i, addend] == digits[i, addend] and sums[i, addend] != totals[i, addend]
-    ]
-    assert sorted(pairs) == expected != []
-    confidences = [predictions.sum_log_probs[i, addend].max() for i, addend in pairs]
-    assert confidences == sorted(confidences, reverse=True)
-
-
-def test_losses_of_an_epoch_are_means_over_images_not_over_batches():
-    batches = torch.tensor([[1, 2, 7, 8, 0.5, 0.25, 1], [5, 6, 9, 9, 1, 0, 1]]).double()
+def test_metrics_of_an_epoch_are_means_over_images_not_over_batches():
+    batches = torch.tensor([[7, 8, 0.5, 0.25, 1], [9, 9, 1, 0, 1]]).double()
     steps = batches * torch.tensor([[4], [1]])  # sums over four images, and over one
-    metrics, curve = epoch_metrics(steps, epoch=3, label_smoothing=0.0)
+    metrics, curve = train_metrics(steps, epoch=3)
     assert metrics == {
-        "digit_loss": pytest.approx((1 * 4 + 5 * 1) / 5),
-        "sum_loss": pytest.approx((2 * 4 + 6 * 1) / 5),
-        "digit_objective": pytest.approx((7 * 4 + 9 * 1) / 5),
-        "sum_objective": pytest.approx((8 * 4 + 9 * 1) / 5),
-        "digit_accuracy": pytest.approx(3 / 5),
-        "sum_accuracy": pytest.approx(1 / 5),
+        "train_digit_loss": pytest.approx((7 * 4 + 9 * 1) / 5),
+        "train_sum_loss": pytest.approx((8 * 4 + 9 * 1) / 5),
+        "train_digit_accuracy": pytest.approx(3 / 5),
+        "train_sum_accuracy": pytest.approx(1 / 5),
     }
-    assert curve == [(2.5, 7.0, 8.0), (3.0, 9.0, 9.0)]
+    points = [(point["epoch"], point["train_digit_loss"]) for point in curve]
+    assert points == [(2.5, pytest.approx(7)), (3.0, pytest.approx(9))]
 
 
 @pytest.mark.parametrize("steps", [1, 19, 20, 21, 468])
 def test_the_curve_has_its_points_for_any_number_of_steps(steps):
-    _, curve = epoch_metrics(torch.ones(steps, 7).double(), epoch=1, label_smoothing=0.1)
-    assert len(curve) == min(steps, CURVE_POINTS)
-    assert curve[-1][0] == 1.0
+    _, curve = train_metrics(torch.ones(steps, 5).double(), epoch=1)
+    assert len(curve) == min(steps, CURVE_POINTS) and curve[-1]["epoch"] == 1.0

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from training.synthetic import synthetic_mnist
 
 import predict
 import train
@@ -27,7 +28,6 @@ from handwriting import export
 from handwriting.predictor import Predictor, load_model
 from handwriting.prepare import NO_INK, prepare
 from training import plots
-from training.synthetic import synthetic_mnist
 
 
 def prepared_digits(split, count):

@@ -16,9 +16,11 @@ import demo
 import predict
 import recipes
 import train
-from benchmarks import gpu, photographs, published_systems, seeds, speed
+from benchmarks import busy, gpu, heads, photographs, published_systems, seeds
+from benchmarks.common import parse_flags
 from recipes import RECIPES
-from training.cli import Parser, train_parser
+from training.console import Parser
+from training.flags import train_parser
 
 DOCS = {
     name: (ROOT / name).read_text()
@@ -26,30 +28,18 @@ DOCS = {
 }
 README = DOCS["README.md"]
 BLOCKS = re.findall(r"```\w*\n(.*?)```", "".join(DOCS.values()), re.DOTALL)
+BENCHMARKS = (busy, gpu, heads, photographs, published_systems, seeds)
 PARSERS = {
-    "train.py": train_parser().parse_args,
+    "train.py": parse_flags,
     "predict.py": predict.parse_args,
     "demo.py": demo.parse_args,
-    "benchmarks.seeds": seeds.parse_args,
-    "benchmarks.speed": speed.parse_args,
-    "benchmarks.gpu": gpu.parse_args,
-    "benchmarks.photographs": photographs.parse_args,
-    "benchmarks.published_systems": published_systems.parse_args,
+    **{module.__name__: module.parse_args for module in BENCHMARKS},
     "tests/test_faults.py": Parser().parse_args,  # has no flags
 }
 COMMANDS = sorted(
     {
         tuple(shlex.split(call.split("#")[0].replace("python -m ", "python "))[1:])
-        for block in [
-            *BLOCKS,
-            train.__doc__,
-            predict.__doc__,
-            demo.__doc__,
-            photographs.__doc__,
-            seeds.__doc__,
-            speed.__doc__,
-            gpu.__doc__,
-        ]
+        for block in [*BLOCKS, *(module.__doc__ for module in (train, predict, demo, *BENCHMARKS))]
         for line in block.splitlines()
         for call in line.split("&&")
         if re.match(r"\s*(\S*/)?python (-m benchmarks|(\w+/)?\w+\.py)", call)
@@ -61,8 +51,8 @@ COMMANDS = sorted(
 def test_commands_parse(command):
     script, *argv = command
     args = PARSERS[script](argv)
-    if flags := getattr(args, "flags", None):  # of train.py, after --
-        PARSERS["train.py"](flags)
+    for flags in [getattr(args, "flags", []), *getattr(args, "vary", [])]:  # of train.py
+        parse_flags(flags)
 
 
 def test_the_requested_command_is_documented():
@@ -72,11 +62,15 @@ def test_the_requested_command_is_documented():
 
 def test_scripts_start():
     """Each benchmark imports what it needs."""
-    names = [name for name in PARSERS if name.startswith("benchmarks")]
-    assert len(names) == 5
-    commands = [[sys.executable, "-c", f"import {name}"] for name in names]
+    commands = [[sys.executable, "-c", f"import {module.__name__}"] for module in BENCHMARKS]
     processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    assert [process.wait() for process in processes] == [0] * len(names)
+    assert [process.wait() for process in processes] == [0] * len(BENCHMARKS)
+
+
+def test_flags_that_are_named_exist():
+    named = set(re.findall(r"`(--[a-z-]+)", "".join(DOCS.values()))) - {"--torch-backend"}  # of uv
+    known = train_parser("", RECIPES).format_help() + seeds.__doc__
+    assert [flag for flag in named if not re.search(rf"{flag}\b", known)] == []
 
 
 def python_blocks():
@@ -104,12 +98,10 @@ def test_the_training_step_that_is_shown_is_the_one_that_runs():
 def test_the_first_run_prints_what_is_shown(job):
     status, out, _ = job("--recipe", "fast", "--device", "cpu")
     (shown,) = (block for block in BLOCKS if block.startswith("device "))
-    form = re.sub(r"\d[\d.,]*", "N", shown).replace("bf16", "fpN").replace("fpN", "PRECISION")
-    printed = re.sub(r"\b(bf16|fp32)\b", "PRECISION", out)
-    assert status == 0
-    assert re.sub(r"\d[\d.,]*", "N", printed).replace("thread\n", "threads\n") == re.sub(
-        r"\d[\d.,]*", "N", re.sub(r"\b(bf16|fp32)\b", "PRECISION", shown)
-    ), form
+    printed, shown = (
+        re.sub(r"\d[\d.,]*", "N", re.sub("bf16|fp32", "PRECISION", text)) for text in (out, shown)
+    )
+    assert status == 0 and printed == shown
 
 
 def mean_and_sd(summary):
@@ -120,9 +112,7 @@ def read_row(path, name):
     """A recipe's row in a file of benchmarks.seeds, which must be of today's recipe."""
     row = json.loads((ROOT / "results" / path).read_text())["rows"][name]
     today = RECIPES[name].as_plain()
-    # The encoders had other names, and recipes no members.
-    same = row["settings"].keys() & today.keys() - {"description", "encoder"}
-    assert {key: row["settings"][key] for key in same} == {key: today[key] for key in same}
+    assert row["settings"] | {"description": ""} == today | {"description": ""}
     return row
 
 
@@ -133,9 +123,7 @@ def test_result_tables_come_from_the_benchmark(name):
     digit, total = row["metrics"]["digit"], row["metrics"]["sum"]
     cells = [f"{row['settings']['epochs']}", f"{row['parameters']:,}"]
     cells += [f"{row['training_flops']:.1e}".replace("e+", "e"), f"{digit['n']}"]
-    seconds = {1: f"{row['median_train_seconds']:,.0f} on one core"}  # number of threads -> cell
-    seconds[2] = f"{row['median_train_seconds']:.3g}"
-    cells += [mean_and_sd(digit), mean_and_sd(total), seconds[row["threads"]]]
+    cells += [mean_and_sd(digit), mean_and_sd(total), f"{row['train_seconds']['median']:.3g}"]
     assert f"| `--recipe {name}` | {' | '.join(cells)} |\n" in README
     help_line = f"{name:<8} {row['settings']['epochs']:>3} epoch"
     consistent = f"{100 * row['metrics']['consistency']['mean']:.3f}"
@@ -151,11 +139,19 @@ def test_the_help_names_every_recipe():
 
 
 def test_other_tables_come_from_the_benchmarks():
-    heads = json.loads((ROOT / "results" / "heads.json").read_text())
-    assert seeds.comparison(heads["rows"]) in DOCS["results/README.md"]
-    for path in (ROOT / "results").glob("photographs*.json"):
-        assert photographs.table(json.loads(path.read_text())) in DOCS["results/README.md"], path
+    tables = {"heads*.json": heads.table, "systems*.json": heads.table}
+    tables["photographs*.json"] = photographs.table
+    for pattern, table in tables.items():
+        for path in (ROOT / "results").glob(pattern):
+            text = table(json.loads(path.read_text()))
+            assert any(text in doc for doc in DOCS.values()), path
     assert published_systems.table() in DOCS["published/README.md"]
+
+
+def test_the_share_of_unseen_pairs_is_that_of_the_benchmark():
+    row = json.loads((ROOT / "results" / "default-unseen-50.json").read_text())["rows"]["default"]
+    assert row["settings"] == RECIPES["default"].as_plain() | {"unseen_pairs": 50}
+    assert f"{100 * row['metrics']['unseen_sum']['mean']:.2f}%" in README
 
 
 @pytest.mark.parametrize("doc", DOCS)

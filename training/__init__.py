@@ -4,10 +4,6 @@ Imported before torch, it sets the environment variables that libraries read whe
 """
 
 import os
-import sys
-
-if sys.version_info < (3, 11):  # noqa: UP036 (pip does not check it for a script)
-    sys.exit("error: Python 3.11 or newer is needed")
 
 # By default the threads of libgomp, PyTorch's OpenMP library on Linux, wait for work in a busy
 # loop: if other programs need the cores too, training takes four to ten times as long.

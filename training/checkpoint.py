@@ -22,15 +22,15 @@ def latest_runs(recipes):
     for path in sorted(RUNS.glob(f"*/{LAST}")):
         try:
             checkpoint = load_checkpoint(path)
-        except UserError as error:
-            warn(f"warning: {error}; skipped")
-            continue
-        if checkpoint["flags"]["recipe"] not in recipes:
+            recipe = checkpoint["flags"]["recipe"]
+        except UserError:
+            recipe = None
+        if recipe not in recipes:
             skipped.append(str(path.parent))
         elif not checkpoint["flags"]["dry_run"]:
             runs.append((path, checkpoint))
     if skipped:
-        warn(f"warning: {', '.join(skipped)} skipped: their recipes are gone")
+        warn(f"warning: {', '.join(skipped)} skipped: damaged, or the recipe is gone")
     return sorted(runs, key=lambda run: run[1]["time"], reverse=True)
 
 

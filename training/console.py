@@ -94,6 +94,8 @@ def exit_status(main):
         except BrokenPipeError:  # of `| head`; Python would fail again when it flushes stdout
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except OSError as error:  # no permission, a full disk
+            return fail(f"error: {error}", 1)
 
     return wrapper
 

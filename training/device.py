@@ -21,9 +21,12 @@ def pick_device(name, precision, deterministic=False):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" or (name.startswith("cuda") and several):
         name = f"cuda:{os.environ['LOCAL_RANK'] if several else 0}"
-    if problem := device_problem(name):
+    try:
+        (torch.zeros(1, device=name) + 1).cpu()  # the addition needs a kernel built for this GPU
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
+        problem = f"{name} failed: {str(error).strip().splitlines()[0]}"
         if several and torch.cuda.device_count():
-            raise UserError(f"{problem}; fix this or pass --device cpu")
+            raise UserError(f"{problem}; fix this or pass --device cpu") from error
         warn(f"warning: {problem}: running on the CPU")
         name = "cpu"
     device = torch.device(name)
@@ -39,19 +42,6 @@ def pick_device(name, precision, deterministic=False):
     if precision == "auto":
         precision = "bf16" if from_rank_0(has_fast_bf16, device) else "fp32"
     return device, precision
-
-
-def device_problem(name):
-    """Run a first operation on a device; returns why it cannot be used, "" if it can."""
-    if name.startswith("cuda") and not torch.cuda.device_count():
-        return "no GPU found"
-    if name == "mps" and not torch.backends.mps.is_available():
-        return "no MPS device found"
-    try:
-        (torch.zeros(1, device=name) + 1).cpu()  # the addition needs a kernel built for this GPU
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
-        return f"{name} failed: {str(error).strip().splitlines()[0]}"
-    return ""
 
 
 def has_fast_bf16(device):

@@ -80,6 +80,7 @@ def parse_args(argv, description, recipes):
             if getattr(args, name) != saved[name]:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} cannot change on resume: start a new run")
+        # The run may be from another machine: its directory is not created here.
         lost = not os.path.isdir(args.data_dir) and args.data_dir == saved["data_dir"]
         if lost and saved["dataset"] == "mnist":
             raise UserError(f"the run's MNIST was in {args.data_dir}: pass --data-dir")

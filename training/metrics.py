@@ -1,8 +1,4 @@
-"""Losses and accuracies of both outputs, and the lines that report them.
-
-A loss is the cross-entropy with label smoothing minus its minimum, in nats: the KL divergence from
-the smoothed label to the prediction, which is 0 if they are equal.
-"""
+"""Losses and accuracies of both outputs, and the lines that report them."""
 
 import math
 from typing import NamedTuple
@@ -11,18 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from dataset import NUM_DIGITS, NUM_SUMS
-from model import probabilities
+from model import kl_loss, probabilities
 from training.console import UserError
-from training.processes import all_reduce_sum, merge_rows
+from training.processes import all_reduce_sum
 
-# Test images with a disputed label (Northcutt et al. 2021, arXiv 2103.14749).
-DISPUTED = {947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729}
 CURVE_POINTS = 20  # of the training loss, per epoch
-MISTAKE_COLUMNS = ("index", "label", "prediction", "confidence", "disputed")  # of mistakes.csv
-CLASSES = {"digit": NUM_DIGITS, "sum": NUM_SUMS}
-TRAIN_METRICS = [f"{output}_{name}" for name in ("loss", "accuracy") for output in CLASSES]
-EVAL_METRICS = [*TRAIN_METRICS, "both_accuracy", "consistency"]
-UNSEEN_METRICS = ["seen_sum_accuracy", "unseen_sum_accuracy"]
+TRAIN_METRICS = "digit_loss", "sum_loss", "digit_accuracy", "sum_accuracy"
 
 
 class Predictions(NamedTuple):
@@ -31,14 +21,8 @@ class Predictions(NamedTuple):
     digit_log_probs: torch.Tensor  # float32 (N, 10 addends, 10)
     sum_log_probs: torch.Tensor  # float32 (N, 10 addends, 19)
     digits: torch.Tensor  # int64 (N,), the labels
-    label_smoothing: float = 0.0  # of the training
-    unseen: torch.Tensor | None = None  # bool (10, 10), the pairs that training did not show
-
-    @classmethod
-    def merged(cls, outputs, digits, *options):
-        """Merge the outputs of `classify_all` for the batches of all processes, on each of them."""
-        batches = zip(*outputs, strict=True)
-        return cls(*(merge_rows(parts, len(digits)).cpu() for parts in batches), digits, *options)
+    label_smoothing: float  # of the training
+    unseen: torch.Tensor | None  # bool (10, 10), the pairs that training did not show
 
     def targets(self):
         """True digits and sums of all (image, addend) pairs: int64 (N, 10) each."""
@@ -56,22 +40,25 @@ class Predictions(NamedTuple):
         return digit, confidence
 
     def metrics(self):
-        """EVAL_METRICS, and UNSEEN_METRICS, over all pairs.
+        """Losses and accuracies over all pairs, a dict.
 
         Consistent: the predicted sum is the predicted digit plus the addend.
         """
-        values = dict.fromkeys(EVAL_METRICS)  # their order
+        true_digit, true_sum = self.targets()
         digit, total = self.predicted()
-        outputs = zip(CLASSES.items(), self[:2], self.targets(), (digit, total), strict=True)
-        for (output, classes), log_probs, target, predicted in outputs:
-            loss = F.cross_entropy(log_probs.mT, target, label_smoothing=self.label_smoothing)
-            values[f"{output}_loss"] = loss - lowest_loss(self.label_smoothing, classes)
-            values[f"{output}_accuracy"] = predicted == target
-        values["both_accuracy"] = values["digit_accuracy"] & values["sum_accuracy"]
-        values["consistency"] = total == digit + torch.arange(NUM_DIGITS)
+        digit_right, sum_right = digit == true_digit, total == true_sum  # (N, 10)
+        values = {
+            "digit_loss": kl_loss(self.digit_log_probs, true_digit, self.label_smoothing),
+            "sum_loss": kl_loss(self.sum_log_probs, true_sum, self.label_smoothing),
+            "digit_accuracy": digit_right,
+            "sum_accuracy": sum_right,
+            "both_accuracy": digit_right & sum_right,
+            "consistency": total == digit + torch.arange(NUM_DIGITS),
+        }
         if self.unseen is not None:
-            correct, unseen = values["sum_accuracy"], self.unseen[self.digits]  # (N, 10)
-            values |= zip(UNSEEN_METRICS, (correct[~unseen], correct[unseen]), strict=True)
+            unseen = self.unseen[self.digits]  # (N, 10)
+            values["seen_sum_accuracy"] = sum_right[~unseen]
+            values["unseen_sum_accuracy"] = sum_right[unseen]
         return {name: value.double().mean().item() for name, value in values.items()}
 
     def confusion(self):
@@ -87,56 +74,28 @@ class Predictions(NamedTuple):
         counts = sums.new_zeros(NUM_DIGITS, *sums.shape[1:]).index_add(0, self.digits, sums)
         return counts / counts.sum(dim=2, keepdim=True)
 
-    def mistakes(self, disputed):
-        """Misread images, most confident first, as MISTAKE_COLUMNS; disputed: a set of indices."""
-        rows = zip(self.digits.tolist(), *(v.tolist() for v in self.image_digits()), strict=True)
-        mistakes = [[i, *row, i in disputed] for i, row in enumerate(rows) if row[0] != row[1]]
-        return sorted(mistakes, key=lambda mistake: -mistake[3])
-
-    def wrong_sums(self):
-        """Pairs (image, addend) with only the sum wrong, most confident first: int64 (M, 2)."""
-        (digit, total), (predicted_digit, predicted_sum) = self.targets(), self.predicted()
-        wrong = (predicted_digit == digit) & (predicted_sum != total)  # (N, 10)
-        order = self.sum_log_probs.amax(dim=2)[wrong].argsort(descending=True, stable=True)
-        return wrong.nonzero()[order]
+    def mistakes(self):
+        """Misread images, most confident first: rows (index, label, prediction, confidence)."""
+        digit, confidence = self.image_digits()
+        columns = torch.arange(len(digit)), self.digits, digit, confidence
+        rows = zip(*(column[digit != self.digits].tolist() for column in columns), strict=True)
+        return sorted(rows, key=lambda row: -row[3])
 
 
-def lowest_loss(label_smoothing, classes):
-    """The minimum of the cross-entropy with label smoothing, in nats: the entropy of its target."""
-    target = (1 - label_smoothing) * torch.eye(classes)[0] + label_smoothing / classes
-    return torch.special.entr(target).sum().item()
-
-
-@torch.no_grad()
-def step_metrics(*outputs):
-    """Sums over the images of a training step: (5,), TRAIN_METRICS and the number of images.
-
-    Takes a triple for the digit and one for the sum: log-probabilities (B, C), targets (B,), the
-    loss. The sums stay on the device: reading them at each step would stall a GPU.
-    """
-    values = [loss for *_, loss in outputs]
-    values += [(log_probs.argmax(dim=1) == y).float().mean() for log_probs, y, _ in outputs]
-    values.append(torch.ones_like(values[0]))
-    return len(outputs[0][0]) * torch.stack(values)
-
-
-def train_metrics(steps, epoch, label_smoothing):
+def train_metrics(steps, epoch):
     """TRAIN_METRICS of an epoch, and of parts of it with the epochs trained until then: dicts.
 
-    steps: float64 (S, 5), a row of `step_metrics` for each step of this process.
+    steps: what `train_epoch` returns in this process.
     """
     steps = all_reduce_sum(steps)
-    lowest = [lowest_loss(label_smoothing, classes) for classes in CLASSES.values()]
-    lowest = torch.tensor([*lowest, 0, 0], dtype=steps.dtype)
 
     def means(part):  # over images, not over batches, since the last batch may be smaller
-        values = (part[:, :-1].sum(dim=0) / part[:, -1].sum() - lowest).tolist()
+        values = (part[:, :-1].sum(dim=0) / part[:, -1].sum()).tolist()
         return {f"train_{name}": value for name, value in zip(TRAIN_METRICS, values, strict=True)}
 
-    curve, done = [], 0
-    for part in steps.tensor_split(min(CURVE_POINTS, len(steps))):
-        done += len(part)
-        curve.append({"epoch": epoch - 1 + done / len(steps)} | means(part))
+    parts = steps.tensor_split(min(CURVE_POINTS, len(steps)))
+    ends = [epoch - 1 + (i + 1) / len(parts) for i in range(len(parts))]
+    curve = [{"epoch": end} | means(part) for end, part in zip(ends, parts, strict=True)]
     return means(steps), curve
 
 
@@ -173,10 +132,8 @@ def accuracies(metrics, prefix=""):
     return " ".join(f"{text} {100 * v:.2f} %" for text, v in values.items() if v is not None)
 
 
-def result_line(split, metrics, note, train_seconds=None):
-    """The line that reports `Predictions.metrics`, with the time and a warning if any."""
-    text = (
-        f"result   {split}: {accuracies(metrics)} consistent {100 * metrics['consistency']:.2f} %"
-    )
-    text += f"; {train_seconds:.1f} s of training" if train_seconds is not None else ""
+def result_line(split, metrics, note):
+    """The line that reports `Predictions.metrics`, with a warning if any."""
+    consistent = f"consistent {100 * metrics['consistency']:.2f} %"
+    text = f"result   {split}: {accuracies(metrics)} {consistent}"
     return f"{text} ({note})" if note else text

@@ -1,11 +1,10 @@
-"""Plots of a run and of single predictions, as figures made without pyplot: no display needed."""
+"""Plots of a run, as figures made without pyplot: no display needed."""
 
 import io
 import itertools
 import math
 import textwrap
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -14,8 +13,7 @@ from matplotlib.ticker import LogLocator
 from dataset import NUM_DIGITS, NUM_SUMS
 from model import probabilities
 
-GRAYS = {"cmap": "Greys", "vmin": 0, "vmax": 255}
-COLUMNS, MAX_SAMPLES, MAX_MISTAKES = 8, 24, 24  # of the plots made of images
+COLUMNS, MAX_IMAGES = 8, 24  # of the plots made of images
 NUMBER_PLANES = 8  # of numbers.png, at most
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
 OUTPUT_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
@@ -24,87 +22,62 @@ SPLIT_STYLES = {
     "val": {"ls": ":", "marker": "."},
     "test": {"lw": 2, "marker": "."},
 }
-CURVES = {
-    "loss": (
-        "Loss",
-        "loss, nats (log scale)",
-        "KL divergence from the label, smoothed as in training, to the prediction.",
-    ),
-    "accuracy": (
-        "Error rate",
-        "error rate, % (log scale)",
-        "Training errors are counted during the epoch, all others after it.",
-    ),
-}
 
 
 def as_png(figure):
     """The content of a PNG file with the figure, bytes-like."""
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+    figure.savefig(content, format="png")
     return content.getbuffer()
 
 
-def run_figures(history, curve, predictions, images, addends, disputed, head, title):
+def run_figures(history, curve, predictions, images, addends, head, title):
     """Yield all plots of a run, with their file names. Tensors are on the CPU.
 
-    predictions: of the N test images; images: uint8 (N, 28, 28); addends: int64 (N,), the one to
-    show with each image; disputed: the set of indices of images with a disputed label.
+    history: the rows of metrics.csv; curve: training metrics at parts of epochs; predictions: of
+    the N test images; images: uint8 (N, 28, 28); addends: int64 (N,), the one to show with each.
     """
     yield "loss.png", curves_figure("loss", curve, history, title)
     yield "accuracy.png", curves_figure("accuracy", history, history, title)
     yield "confusion_matrix.png", confusion_figure(*predictions.confusion(), title)
     yield "addition.png", addition_figure(predictions, title)
     yield "predictions.png", samples_figure(predictions, images, addends, title)
-    yield "mistakes.png", mistakes_figure(predictions, images, disputed, title)
+    yield "mistakes.png", mistakes_figure(predictions, images, title)
     if hasattr(head, "numbers"):
         yield "numbers.png", numbers_figure(head.numbers.detach().cpu(), title)
 
 
-def curves_figure(metric, rows, history, title):
-    """The "loss" or the error rate ("accuracy") of both outputs against the epoch.
-
-    rows: of the training, `history` or more often; history: the rows of metrics.csv; title: a line
-    about the run.
-    """
-    heading, ylabel, note = CURVES[metric]
+def curves_figure(metric, train_rows, history, title):
+    """The "loss" or the error rate ("accuracy") of both outputs against the epoch."""
+    if metric == "loss":
+        heading, ylabel = "Loss", "loss, nats (log scale)"
+        note = "KL divergence from the label, smoothed as in training, to the prediction."
+    else:
+        heading, ylabel = "Error rate", "error rate, % (log scale)"
+        note = "Training errors are counted during the epoch, all others after it."
     figure = new_figure(heading, title, 5.6, note, right=2)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="epoch", ylabel=ylabel, yscale="log")
+    drawn = []
     for split, output in itertools.product(SPLIT_STYLES, OUTPUT_COLORS):
         key = f"{split}_{output}_{metric}"
         if key not in history[0]:
             continue
-        shown = rows if split == "train" else history
-        values = [row[key] for row in [*shown, history[-1]]]
+        rows = train_rows if split == "train" else history
+        values = [row[key] for row in [*rows, history[-1]]]
         if metric == "accuracy":
             values = [100 - 100 * value for value in values]
         label = f"{output}, {split}: {values.pop():.3g}"
         style = SPLIT_STYLES[split] | {"color": OUTPUT_COLORS[output]}
-        axes.plot([row["epoch"] for row in shown], values, label=label, **style)
-    finish_curves(axes, ylabel, "in the last epoch")
-    return figure
-
-
-def prediction_figure(predictions):
-    """A row per image: the original, the input of the network, the probabilities of both outputs.
-
-    A prediction: a Pillow image, uint8 (28, 28), probabilities (10,) and (19,), a title.
-    """
-    height = 0.5 + 2.4 * len(predictions)
-    figure = Figure(figsize=(10, height), dpi=150, layout="constrained")
-    rows = figure.subfigures(len(predictions), 1, squeeze=False).flatten()
-    for row, (image, pixels, digits, sums, title) in zip(rows, predictions, strict=True):
-        row.suptitle(title, x=0.012, ha="left", parse_math=False)
-        original, network_input, *bars = row.subplots(1, 4, width_ratios=(2, 2, 3, 6))
-        original.imshow(image)
-        original.set(xticks=[], yticks=[], xlabel="original")
-        network_input.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        network_input.set(xticks=[], yticks=[], xlabel="input of the network")
-        for axes, output, values in zip(bars, ("digit", "sum"), (digits, sums), strict=True):
-            classes = range(len(values))
-            axes.bar(classes, 100 * values.numpy(), color=OUTPUT_COLORS[output])
-            axes.set(xticks=classes, ylim=(0, 100), xlabel=output, ylabel="probability, %")
-            axes.tick_params(axis="x", labelsize=8)
+        axes.plot([row["epoch"] for row in rows], values, label=label, **style)
+        drawn += [value for value in values if value > 0]
+    drawn = drawn or [0.1]  # zeros are below a log scale
+    axes.set_ylim(min(drawn) / 1.6, 1.6 * max(drawn))  # always contains a tick
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.locator_params(axis="x", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    axes.grid(color="0.9")
+    axes.legend(title="in the last epoch", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 
@@ -120,19 +93,6 @@ def new_figure(heading, subtitle, height, note="", right=0.2):
     top, bottom = 0.45 + 0.26 * len(lines), 0.75 + 0.18 * note.count("\n")
     figure.subplots_adjust(0.07, bottom / height, 1 - right / 10, 1 - top / height)
     return figure
-
-
-def finish_curves(axes, ylabel, legend_title):
-    """Add labels, a log scale and a legend to axes with curves; zeros are below the scale."""
-    drawn = [y for line in axes.lines for y in line.get_ydata() if y > 0] or [0.1]
-    limits = min(drawn) / 1.6, 1.6 * max(drawn)  # always contain a tick
-    axes.set(xlabel="epoch", ylabel=ylabel, ylim=limits, yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.locator_params(axis="x", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-    axes.grid(color="0.9")
-    axes.legend(title=legend_title, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def confusion_figure(digit_counts, sum_counts, title):
@@ -204,52 +164,43 @@ def numbers_figure(numbers, title):
 
 
 def samples_figure(predictions, images, addends, title):
-    """The first test images, each with one addend."""
-    pairs = list(enumerate(addends[:MAX_SAMPLES].tolist()))
-    cells = [sum_cell(predictions, images, *pair) for pair in pairs]
+    """The first test images, each with one addend: predicted digit and sum, their probabilities."""
+    cells = []
+    for index, addend in enumerate(addends[:MAX_IMAGES].tolist()):
+        outputs = (log_probs[index, addend] for log_probs in predictions[:2])
+        probs = (probabilities(output, predictions.label_smoothing) for output in outputs)
+        (digit_p, digit), (sum_p, total) = (p.max(dim=0) for p in probs)
+        true = int(predictions.digits[index])
+        correct = (digit, total) == (true, true + addend)
+        below = f"digit {100 * digit_p:.1f} %\nsum {100 * sum_p:.1f} %"
+        below += "" if correct else f"\ncorrect: {true} + {addend} = {true + addend}"
+        cells.append((images[index], f"{digit} + {addend} = {total}", below, correct))
     heading = f"Predictions for the first {len(cells)} test images"
     return image_grid(cells, heading, title, "Predicted digit + addend = predicted sum.")
 
 
-def sum_cell(predictions, images, index, addend):
-    """A cell of `image_grid`: predicted digit and sum, and their probabilities."""
-    outputs = (log_probs[index, addend] for log_probs in predictions[:2])
-    probs = (probabilities(output, predictions.label_smoothing) for output in outputs)
-    (digit_p, digit), (sum_p, total) = (p.max(dim=0) for p in probs)
-    true = int(predictions.digits[index])
-    correct = (digit, total) == (true, true + addend)
-    below = f"digit {100 * digit_p:.1f} %\nsum {100 * sum_p:.1f} %"
-    below += "" if correct else f"\ncorrect: {true} + {addend} = {true + addend}"
-    return images[index], f"{digit} + {addend} = {total}", below, correct
-
-
-def mistakes_figure(predictions, images, disputed, title):
-    """The most confident mistakes: misread digits, then a row of wrong sums of correct digits."""
-    mistakes, wrong_sums = predictions.mistakes(disputed), predictions.wrong_sums()
+def mistakes_figure(predictions, images, title):
+    """The misread images of which the network is most certain."""
+    mistakes = predictions.mistakes()
     cells = []
-    for index, label, predicted, confidence, is_disputed in mistakes[:MAX_MISTAKES]:
+    for index, label, predicted, confidence in mistakes[:MAX_IMAGES]:
         below = f"{100 * confidence:.1f} %\nimage {index}"
-        below += "\nlabel disputed" if is_disputed else ""
         cells.append((images[index], f"{predicted}, label {label}", below, False))
-    cells += [None] * (-len(cells) % COLUMNS)
-    cells += [sum_cell(predictions, images, *pair) for pair in wrong_sums[:COLUMNS].tolist()]
-    heading = f"Most confident mistakes: {len(mistakes):,} of {len(images):,} digits, and "
-    heading += f"{len(wrong_sums):,} of {10 * len(images):,} sums although the digit is correct"
-    note = "Digits: mean probability over the ten addends."
-    note += " Disputed: see Northcutt et al. 2021, labelerrors.com." if disputed else ""
-    return image_grid(cells, heading, title, note)
+    heading = f"Most confident mistakes: {len(mistakes):,} of {len(images):,} digits"
+    return image_grid(cells, heading, title, "Mean probability over the ten addends.")
 
 
 def image_grid(cells, heading, title, note):
-    """Cells (image, text above, text below, correct), or None, in rows of COLUMNS."""
-    rows = math.ceil(len(cells) / COLUMNS)
+    """Cells (image, text above, text below, correct) in rows of COLUMNS."""
+    rows = max(1, math.ceil(len(cells) / COLUMNS))
     figure = new_figure(heading, title, 1.5 + 1.75 * rows, note)
     figure.subplots_adjust(0.012, right=0.988)
     axes = figure.add_subplot()  # one for all cells, because one each takes seconds to draw
-    for i, (image, above, below, correct) in filter(lambda c: c[1], enumerate(cells)):
+    for i, (image, above, below, correct) in enumerate(cells):
         y, x = divmod(i, COLUMNS)
         left, right, top, bottom = x + 0.12, x + 0.88, y + 0.14, y + 0.68
-        axes.imshow(image.numpy(), extent=(left, right, bottom, top), **GRAYS)
+        extent = left, right, bottom, top
+        axes.imshow(image.numpy(), extent=extent, cmap="Greys", vmin=0, vmax=255)
         color = CORRECT_COLOR if correct else WRONG_COLOR
         frame = {"fill": False, "edgecolor": color, "linewidth": 3}
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))

@@ -45,14 +45,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def merge_rows(parts, count):
-    """The complete tensor of `count` rows; each process has rows rank::world_size, in parts."""
-    rows = torch.cat(parts)
-    complete = rows.new_zeros(count, *rows.shape[1:])
-    complete[rank() :: world_size()] = rows
-    return all_reduce_sum(complete)
-
-
 def replicate(model):
     """The model with gradients averaged over the processes, if there are several."""
     if world_size() == 1:
@@ -60,10 +52,3 @@ def replicate(model):
     if next(model.parameters()).is_cuda:  # SyncBatchNorm does not run on CPUs
         model = SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model)
-
-
-def broadcast_buffers(model):
-    """Copy rank 0's buffers to all: between steps each process has its own running statistics."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)

@@ -46,8 +46,13 @@ class Recipe:
     batch_size: int = setting("images per step", Number(int, 2, 100_000))
     lr: float = setting("peak learning rate", Number(float, 1e-9, 100))
     weight_decay: float = setting("weight decay", Number(float, 0, 10), 0.01)
+    numbers_decay: float = setting(
+        "weight decay of ComplexNumbers' table", Number(float, 0, 100), 10.0
+    )
     label_smoothing: float = setting("label smoothing", Number(float, 0, 0.9), 0.1)
     val_size: int = setting("training images held out for validation", Number(int, 0, 59_999), 0)
+    digit_weight: float = setting("factor of the digit's loss", Number(float, 0, 100), 1.0)
+    sum_weight: float = setting("factor of the sum's loss", Number(float, 0, 100), 1.0)
     unseen_pairs: int = setting(
         "pairs of digit and addend, of the 100, that never occur in training", Number(int, 0, 75), 0
     )
@@ -60,9 +65,6 @@ class Recipe:
     beta2: float = setting("beta2 of Adam", Number(float, 0, 0.99999), 0.99)
     # (step, total steps) -> factor of lr
     schedule: Callable[[int, int], float] = setting("of the learning rate", "name", one_cycle)
-    loss_weight: float = setting(
-        "factor of both losses: 1 adds them, 0.5 averages them", Number(float, 0, 100), 1.0
-    )
     rotate: float = setting("augmentation: degrees of rotation", Number(float, 0, 180), 0.0)
     translate: float = setting("augmentation: shift, of the side", Number(float, 0, 1), 0.0)
     scale: float = setting("augmentation: change of each side", Number(float, 0, 0.9), 0.0)
@@ -77,7 +79,7 @@ class Recipe:
         return {name: getattr(value, "__name__", value) for name, value in vars(self).items()}
 
 
-def named(name, recipes):
+def choices_of(name, recipes):
     """The functions or classes that the recipes have in a field, by their names."""
     values = [getattr(recipe, name) for recipe in recipes.values()]
     return {value.__name__: value for value in values}
@@ -85,23 +87,16 @@ def named(name, recipes):
 
 def add_flags(group, recipes):
     """Add a flag for each setting of a recipe to a group of a parser. Not given, it is None."""
-    for one in fields(Recipe):
-        if not one.metadata:
-            continue
-        flag, (text, kind) = f"--{one.name.replace('_', '-')}", one.metadata.values()
-        options, names = {}, [flag]
+    for one in fields(Recipe)[1:]:  # without the description
+        text, kind = one.metadata["help"], one.metadata["kind"]
         if isinstance(kind, Number):
-            options = {"type": kind, "metavar": "N" if kind.kind is int else "X"}
+            options = {"type": kind, "metavar": "N"}
             text += f", {kind.low} to {kind.high}"
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         else:
-            options = {"choices": [*named(one.name, recipes)] if kind == "name" else kind}
-            options["metavar"] = "NAME"
-            text += ": %(choices)s"
-        if one.name == "batch_size":
-            names.insert(0, "-b")
-        group.add_argument(*names, help=text, **options)
+            options = {"choices": choices_of(one.name, recipes) if kind == "name" else kind}
+        group.add_argument(f"--{one.name.replace('_', '-')}", help=text, **options)
 
 
 def recipe_from_args(args, recipes):
@@ -111,12 +106,12 @@ def recipe_from_args(args, recipes):
     given = {one.name: getattr(args, one.name) for one in fields(Recipe) if one.metadata}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() & {"encoder", "head", "schedule"}:
-        given[name] = named(name, recipes)[given[name]]
+        given[name] = choices_of(name, recipes)[given[name]]
     recipe = replace(recipes[args.recipe], **given)
     return replace(recipe, epochs=min(recipe.epochs, 2)) if args.dry_run else recipe
 
 
-def check_same(checkpoint, recipe):
+def check_resumable(checkpoint, recipe):
     """Raise UserError if a checkpoint cannot be continued as this recipe."""
     may_differ = {"description": "", "epochs": 0}
     if checkpoint["recipe"] | may_differ != recipe.as_plain() | may_differ:
