@@ -345,7 +345,7 @@ def test_how_the_sum_is_made(page, site):
         scores = torch.tensor([dial["scores"] for dial in record["dials"]])  # (C, 19)
         script = "all => all.map((one) => Number(one.style.getPropertyValue('--p')))"
         bars = torch.tensor(page.eval_on_selector_all("#dials .bars div", script)).view(-1, 19)
-        expected = torch.cat([8 / len(scores) * scores, scores.mean(dim=0, keepdim=True)])
+        expected = torch.cat([8 * scores, scores.sum(dim=0, keepdim=True)])
         assert torch.allclose(bars, expected, atol=1e-6) and bars[-1].argmax() == record["sum"]
         chosen = page.locator("svg:not(figure svg) .chosen").all_text_contents()
         assert set(chosen) == {str(record["digit"]), str(record["sum"])}
