@@ -68,12 +68,8 @@ class Network:
         text += " on synthetic digits" if flags["dataset"] != "mnist" else ""
         self.texts = {"name": f"{text} ({name})", "caveat": training_caveat(flags), "dials": []}
         if hasattr(model.head, "numbers"):
-            numbers = torch.complex(*model.head.numbers)  # (19, C)
-            # First the component in which the numbers are large and follow one another closely,
-            # because one sees there how it adds.
-            steps, sizes = numbers.diff(dim=0).abs(), numbers.abs().square()
-            order = (steps.sum(dim=0) / sizes.sum(dim=0)).argsort()
-            self.numbers = numbers[:, order] / sizes.mean().sqrt()  # about 1 long
+            numbers = model.head.planes()  # (19, C)
+            self.numbers = numbers / numbers.abs().square().mean().sqrt()  # about 1 long
             products = self.numbers[:NUM_DIGITS, None] * self.numbers[:NUM_DIGITS]  # (10, 10, C)
             self.highest = (products @ self.numbers.mH).real.max()  # score of a sum
             self.texts["dials"] = points(self.numbers)
