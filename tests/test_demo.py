@@ -393,14 +393,14 @@ def test_a_chosen_image(page, site):
 def test_the_panels_and_the_empty_page(page):
     """While one draws the dials change, and after Clear the page is as at the start."""
     script = "[document.body.innerText, document.querySelectorAll('.hand, #stages canvas').length]"
-    start, dials = page.evaluate(script), set()
+    start, changed = page.evaluate(script), "(old) => $('dials').innerHTML !== old"
     page.locator("#paper").hover()
     page.mouse.down()
     for x in (400, 250, 150):
+        before = page.inner_html("#dials")
         page.mouse.move(x, 300, steps=5)
-        page.wait_for_timeout(300)
-        dials.add(page.inner_html("#dials"))
-    assert len(dials) == 3 and page.evaluate(script)[1] > 16
+        page.wait_for_function(changed, arg=before)
+    assert page.evaluate(script)[1] > 16
     page.mouse.up()
     page.keyboard.press("Escape")
     result(page)
