@@ -140,7 +140,9 @@ def addition_figure(predictions, title):
 
 
 def numbers_figure(planes, title):
-    """The numbers 0 to 18, complex (19, C), in the plane of each component."""
+    """The numbers 0 to 18, complex (19, C), in the plane of each component that is used."""
+    sizes = planes.abs().amax(dim=0)
+    planes = planes[:, sizes > 0.1 * sizes.max()]
     note = "Multiplying two complex numbers adds their angles. So the network adds if equal steps"
     note += " from number to number\nare equal angles: then 3 times 4 points in the direction of 7."
     rows = math.ceil(planes.shape[1] / 4)
