@@ -12,15 +12,7 @@ from glob import escape, glob
 from mimetypes import guess_type
 from pathlib import Path
 
-from training.cli import Parser, exit_status
-from training.errors import UserError
-
-from handwriting.export import FORMATS, export
-from handwriting.picture import read_picture
-from handwriting.predictor import Predictor, load_model, predict
-from handwriting.prepare import NO_INK, prepare, upright
-from training.checkpoint import training_caveat
-from training.console import log, warn
+from training.console import Parser, UserError, exit_status, log, path, warn
 from training.files import write_atomic
 
 MAX_PLOTTED = 20  # images
@@ -29,28 +21,28 @@ MAX_PLOTTED = 20  # images
 def parse_args(argv):
     parser = Parser(prog="predict.py", description=__doc__)
     flag = parser.add_argument
-    flag("run", help="run directory or checkpoint")
+    flag("run", type=path, help="run directory or checkpoint")
     text = "image of a digit, directory of images, pattern such as *.jpg, or - for stdin"
-    flag("image", nargs="*", default=[], help=text)
+    flag("image", type=path, nargs="*", default=[], help=text)
     text = "addend, 0 to 9 (default: 0)"
     flag("--add", type=int, choices=range(10), default=0, metavar="N", help=text)
     flag("--json", action="store_true", help="print a JSON list with one object per readable image")
-    flag("--save-picture", type=Path, metavar="FILE.png", help="plot the images and predictions")
+    flag("--save-picture", type=path, metavar="FILE.png", help="plot the images and predictions")
     text = "export the network: .pt2 for PyTorch, .onnx for other runtimes; repeatable"
-    flag("--export", type=Path, action="append", default=[], metavar="FILE", help=text)
+    flag("--export", type=path, action="append", default=[], metavar="FILE", help=text)
     args = parser.parse_intermixed_args(argv)  # flags may come between the run and the images
     args.image = [file for name in args.image for file in expand(name)]
     if not args.image and not args.export:
         parser.error("nothing to do: give an image or --export")
-    outputs = [(args.save_picture, [".png"]), *((path, FORMATS) for path in args.export)]
-    for path, suffixes in outputs:
-        if path and path.suffix not in suffixes:
-            parser.error(f"{path} does not end in {' or '.join(suffixes)}")
+    outputs = [(args.save_picture, [".png"]), *((file, [".pt2", ".onnx"]) for file in args.export)]
+    for file, suffixes in outputs:
+        if file and Path(file).suffix not in suffixes:
+            parser.error(f"{file} does not end in {' or '.join(suffixes)}")
+    if args.save_picture and len(args.image) > MAX_PLOTTED:
+        parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")
     inputs = map(os.path.realpath, args.image)
     if args.save_picture and os.path.realpath(args.save_picture) in inputs:
         parser.error(f"--save-picture would overwrite the image {args.save_picture}")
-    if args.save_picture and len(args.image) > MAX_PLOTTED:
-        parser.error(f"--save-picture is limited to {MAX_PLOTTED} images")
     return args
 
 
@@ -69,64 +61,62 @@ def expand(name):
 def main(argv):
     """Run the command line; the status is 1 if an image could not be read or has no ink."""
     args = parse_args(argv)
+    # Not at the top, because torch takes too long for --help and wrong usage.
+    from handwriting.export import export
+    from handwriting.picture import read_picture
+    from handwriting.predictor import Predictor, load_model, predict
+    from handwriting.prepare import as_rgb, prepare
+    from training.checkpoint import training_caveat
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names can have any bytes
     model, checkpoint = load_model(args.run)
     predictor = Predictor(model, checkpoint["recipe"])
     if caveat := training_caveat(checkpoint["flags"]):
         warn(f"warning: the network was trained on {caveat}")
+    report = warn if args.json else log  # stdout is for the JSON
     for file in args.export:
-        report = warn if args.json else log  # stdout is for the JSON
-        for path in export(file, predictor, checkpoint):
-            report(f"exported {path}")
+        for written in export(Path(file), predictor, checkpoint):
+            report(f"exported {written}")
 
     records, plotted = [], []
     for file in args.image:
         try:
-            if file == "-" and not sys.stdin:
-                raise UserError("stdin is closed")
-            if os.path.isdir(file):
-                raise UserError("no images in this directory")
             image = read_picture(sys.stdin.buffer if file == "-" else file)
         except UserError as error:
             warn(f"error: {file}: {error}")
             continue
         prepared = prepare(image)
         record, digits, sums = predict(predictor, prepared, args.add)
-        record = {"file": file} | record
-        records.append(record)
+        records.append({"file": file} | record)
         line = as_line(record)
-        for text in record["warnings"]:
-            if args.json or text != line:
-                warn(f"warning: {file}: {text}")
+        notes = [text for text in record["warnings"] if text != line]
+        for text in record["warnings"] if args.json else notes:
+            warn(f"warning: {file}: {text}")
         if not args.json:
             log(f"{file}: {line}" if len(args.image) > 1 else line)
         if args.save_picture:
-            original = upright(image)
+            original = as_rgb(image)
             original.thumbnail((600, 600))  # many photographs would not fit into memory
-            plotted.append((original, prepared.pixels, digits, sums, as_title(record)))
+            title = "\n".join([f"{Path(file).name}: {line}", *notes])
+            plotted.append((original, prepared.pixels, digits, sums, title))
     if args.json:
-        print(json.dumps(records, indent=2), flush=True)
+        log(json.dumps(records, indent=2))
     if plotted:
-        from training import plots  # matplotlib is slow to import
+        from handwriting.plot import prediction_figure  # matplotlib is slow to import
+        from training.plots import as_png
 
-        figure = plots.prediction_figure(plotted)
-        write_atomic(args.save_picture, plots.as_png(figure))
+        write_atomic(Path(args.save_picture), as_png(prediction_figure(plotted)))
     predicted = sum(record["digit"] is not None for record in records)
     return 0 if predicted == len(args.image) else 1
 
 
 def as_line(record):
+    """The prediction, or why there is none."""
     if record["digit"] is None:
-        return NO_INK
+        return "; ".join(record["warnings"])
     percent, sum_percent = (100 * record[f"{name}_probability"] for name in ("digit", "sum"))
     text = "digit {digit} ({percent:.1f} %)  {digit} + {addend} = {sum} ({sum_percent:.1f} %)"
     return text.format(percent=percent, sum_percent=sum_percent, **record)
-
-
-def as_title(record):
-    """The name of a file and the line of its record, and its warnings on a second one."""
-    name = Path(record["file"]).name.encode("latin-1", "backslashreplace").decode("latin-1")
-    warnings = "; ".join(text for text in record["warnings"] if text != NO_INK)
-    return "\n".join(filter(None, [f"{name}: {as_line(record)}", warnings]))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from training.constants import SIDE
-from training.errors import UserError
 
+from dataset import SIDE
 from training.checkpoint import training_caveat
-from training.console import printable
+from training.console import UserError
 from training.files import write_atomic
 
 PT2_CODE = """import torch
@@ -37,7 +36,8 @@ def export(path, predictor, checkpoint):
         torch.export.save(program, content)
     write_atomic(path, content.getbuffer())
     card_path = path.with_name(f"{path.name}.md")
-    write_atomic(card_path, model_card(path, predictor, checkpoint).encode())
+    card = model_card(path, predictor, checkpoint)
+    write_atomic(card_path, card.encode(errors="backslashreplace"))
     return path, card_path
 
 
@@ -45,6 +45,8 @@ def as_onnx(program):
     """The content of an .onnx file, in bytes. Raises UserError if the exporter is unavailable."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("exporting to .onnx needs two packages: pip install onnx onnxscript")
+    import onnx
+
     options = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: "batch"}, {0: "batch"})}
     options["input_names"] = "pixels", "addend"
     options["output_names"] = "digit_probabilities", "sum_probabilities"
@@ -54,7 +56,9 @@ def as_onnx(program):
     except torch.onnx.OnnxExporterError as error:
         message = f"torch {torch.__version__} cannot export to .onnx; install a newer version"
         raise UserError(message) from error
-    return exported.model_proto.SerializeToString()
+    model = exported.model_proto  # torch always writes IR version 10, which older runtimes refuse
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+    return model.SerializeToString()
 
 
 def model_card(path, predictor, checkpoint):
@@ -64,4 +68,4 @@ def model_card(path, predictor, checkpoint):
     values["data"] = training_caveat(checkpoint["flags"]) or "MNIST"
     values["parameters"] = sum(p.numel() for p in predictor.parameters())
     code = FORMATS[path.suffix].format(name=path.name)
-    return template.format(name=printable(path.name), code=code, **values)
+    return template.format(name=path.name, code=code, **values)

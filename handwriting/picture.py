@@ -1,9 +1,9 @@
 """Opens image files, also damaged, huge or unsupported ones."""
 
 import io
-import math
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -13,11 +13,14 @@ from training.console import UserError
 UNSUPPORTED = {"HEIC": rb"(?s)^.{4}ftyp(hei|hev|mif1|msf1)", "PDF": rb"^%PDF", "SVG": rb"<svg"}
 
 
-def read_picture(file, formats=None, max_pixels=90_000_000):
-    """Open a path or a binary stream in one of Pillow's `formats`. UserError if unusable.
+MAX_PIXELS = 60_000_000  # of an image, also on the page; with transparency it takes 1.2 GB
+Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # Pillow refuses more than twice as many
 
-    Images with transparency or more than 8 bits take more memory: they may have half of
-    `max_pixels`. A JPEG with more pixels is decoded at a half, quarter or eighth of its size.
+
+def read_picture(file, formats=None):
+    """Open a path or a binary stream in one of Pillow's `formats`, upright. UserError if unusable.
+
+    A JPEG with up to four times MAX_PIXELS, as phones write them, is decoded at half its size.
     """
     try:
         content = Path(file).read_bytes() if isinstance(file, str) else file.read()
@@ -25,17 +28,16 @@ def read_picture(file, formats=None, max_pixels=90_000_000):
             image = Image.open(io.BytesIO(content), formats=formats)
             if min(image.size) < 3:
                 raise UserError(f"only {image.width} x {image.height} pixels; give a larger image")
-            doubled = image.has_transparency_data or image.mode[0] in "IF"
-            excess = image.width * image.height * (1 + doubled) / max_pixels
-            if excess > 1:
-                factor = 2 ** math.ceil(math.log2(excess) / 2)  # of width and height
-                if not image.draft(None, (image.width // factor, image.height // factor)):
-                    raise UserError("too many pixels; give a smaller image")
+            half = image.width // 2, image.height // 2
+            if image.width * image.height > MAX_PIXELS and not image.draft(None, half):
+                raise UserError("too many pixels; give a smaller image")
             # Phone cameras write MPO: the photo, then a depth map or a gain map.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise UserError("has several pages or frames; give a single image")
             image.load()
-            return ImageOps.exif_transpose(image)  # here: damaged EXIF data raises too
+            with suppress(Exception):  # damaged EXIF data, of which Pillow raises many types
+                image = ImageOps.exif_transpose(image)
+            return image
     except UserError:
         raise
     except UnidentifiedImageError as error:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from dataset import NUM_DIGITS
+from dataset import NUM_DIGITS, NUM_SUMS, SIDE
 from handwriting.prepare import NO_INK
 from model import build_model, probabilities
 from recipes import RECIPES
@@ -41,8 +41,9 @@ class Predictor(torch.nn.Module):
 
     def forward(self, pixels, addends):
         """Map uint8 (B, 28, 28), int64 (B,) to probabilities of digits (B, 10), sums (B, 19)."""
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"pixels must be uint8, 0 to 255, not {pixels.dtype}")
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (SIDE, SIDE):
+            given = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise ValueError(f"pixels must be uint8 (B, 28, 28), 0 to 255, not {given}")
         images = (pixels.unsqueeze(1).float() / 255 - self.recipe["mean"]) / self.recipe["std"]
         log_probs = self.model(images, F.one_hot(addends, NUM_DIGITS).float())
         return tuple(probabilities(x, self.recipe["label_smoothing"]) for x in log_probs)
@@ -54,13 +55,13 @@ def predict(predictor, prepared, addend):
     Returns the prediction, a dict in JSON types, and the probabilities, (10,) and (19,). If there
     is no ink, the values are None and the probabilities 0.
     """
-    pixels = torch.from_numpy(prepared.pixels)[None]  # (1, 28, 28)
-    (digits,), (sums,) = predictor(pixels, torch.tensor([addend]))
-    digits, sums = digits * pixels.any(), sums * pixels.any()
     record = {"digit": None, "digit_probability": None, "addend": addend}
     record |= {"sum": None, "sum_probability": None, "warnings": list(prepared.warnings)}
-    if NO_INK not in prepared.warnings:
-        record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
-        record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
-        record["warnings"] += ["the digit is uncertain"] if digits.max() < UNSURE else []
+    if NO_INK in prepared.warnings:
+        return record, torch.zeros(NUM_DIGITS), torch.zeros(NUM_SUMS)
+    pixels = torch.from_numpy(prepared.pixels)[None]  # (1, 28, 28)
+    (digits,), (sums,) = predictor(pixels, torch.tensor([addend]))
+    record |= {"digit": digits.argmax().item(), "digit_probability": digits.max().item()}
+    record |= {"sum": sums.argmax().item(), "sum_probability": sums.max().item()}
+    record["warnings"] += ["the digit is uncertain"] if digits.max() < UNSURE else []
     return record, digits, sums

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 
 from dataset import SIDE
 from handwriting.sheet import bounding_box, connected_components, find_sheet, longer_side
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
 
 def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
-    image = upright(image)
+    image = as_rgb(image)
     small, factor = reduced(image)
     sheet, prepared = find_sheet(np.asarray(small, dtype=float)), []
     if sheet is not None:
@@ -75,9 +75,8 @@ def crop(image, box):
     return image.crop(box[:, ::-1].clip(0, image.size).flatten().tolist())
 
 
-def upright(image):
-    """Convert to upright RGB; transparency becomes white, or black if the ink is white."""
-    image = ImageOps.exif_transpose(image)
+def as_rgb(image):
+    """Convert to RGB; transparency becomes white, or black if the ink is white."""
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
         finite = np.isfinite(values)

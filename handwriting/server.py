@@ -19,7 +19,7 @@ from socketserver import ThreadingTCPServer
 import torch
 
 from dataset import NUM_DIGITS
-from handwriting.picture import read_picture
+from handwriting.picture import MAX_PIXELS, read_picture
 from handwriting.predictor import UNSURE, Predictor, load_model, predict
 from handwriting.prepare import prepare
 from recipes import RECIPES
@@ -29,7 +29,7 @@ from training.console import UserError, warn
 PAGE = Path(__file__).with_name("page.html")
 PRETRAINED = Path(__file__).parent.parent / "results" / "tiny.pt"
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
-MAX_BYTES, MAX_PIXELS = 4_000_000, 24_000_000  # of an image
+MAX_BYTES = 4_000_000  # of an image
 TURN = 10  # seconds that a request waits for its turn
 POLICY = "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
 POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -104,7 +104,7 @@ class Network:
 
     def predict(self, image, addend):
         """The prediction for a Pillow image, with all that the page shows, in JSON types."""
-        prepared, self.stages = prepare(image), []
+        prepared, self.stages, self.dials = prepare(image), [], []
         record, digits, sums = predict(self.predictor, prepared, addend)
         record |= {"digit_probabilities": digits.tolist(), "sum_probabilities": sums.tolist()}
         record |= {"pixels": prepared.pixels.tolist(), "stages": self.stages, "dials": self.dials}
@@ -161,6 +161,8 @@ class Handler(BaseHTTPRequestHandler):
         nonce, page = secrets.token_urlsafe(), PAGE.read_text("utf-8")
         networks = json.dumps([network.texts for network in self.server.networks])
         page = page.replace("{{nonce}}", nonce).replace("{{networks}}", html.escape(networks))
+        for name, limit in (("bytes", MAX_BYTES), ("pixels", MAX_PIXELS)):
+            page = page.replace(f"{{{{max_{name}}}}}", str(limit))
         self.reply("text/html; charset=utf-8", page, POLICY.format(nonce))
 
     do_HEAD = do_GET
@@ -183,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
             readable, _, _ = select.select([self.connection], [], [], 0)
             if readable and not self.connection.recv(1, socket.MSG_PEEK):
                 return  # the client is gone
-            image = read_picture(io.BytesIO(body), [FORMATS[kind]], MAX_PIXELS)
+            image = read_picture(io.BytesIO(body), [FORMATS[kind]])
             record = self.server.networks[index].predict(image, addend)
         except UserError as error:
             return self.send_error(400, str(error))
