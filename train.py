@@ -16,10 +16,9 @@ bf16 (several times as long without it):
   fast       1 epoch   99.41 / 99.40 %  seconds     two convolutions
   tiny      60 epochs  99.56 / 99.55 %  5 minutes   5,893 parameters
 
-outer-product is default with a head that looks sums up instead of adding: --unseen-pairs shows it.
-Published systems,
-described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow, shared-trunk-fixed,
-concat-linear, concat-linear-fixed, added, added-fixed.
+outer-product is default with a head that looks sums up instead of adding; --unseen-pairs shows it.
+Published systems, see published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
+shared-trunk-fixed, concat-linear, concat-linear-fixed, added, added-fixed.
 
 In the results, "both" counts pairs of image and addend with digit and sum correct; "consistent"
 those where the predicted sum is the predicted digit plus the addend.
