@@ -23,7 +23,9 @@ from training.processes import from_rank_0, world_size
 
 NUM_DIGITS, NUM_SUMS, SIDE = 10, 19, 28
 MEAN, STD = 0.1307, 0.3081  # of the pixels of the training set, scaled to 0..1
-# Of the tensors of both sets: torchvision checks only what it downloads.
+# torchvision's folder and names of the files, and a digest of all images and labels: torchvision
+# checks what it downloads, but not whether the files are whole, or those of Fashion-MNIST.
+RAW, SETS, KINDS = Path("MNIST", "raw"), ("train", "t10k"), ("images-idx3", "labels-idx1")
 SHA256 = "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"
 
 
@@ -191,7 +193,8 @@ def load_data(name, data_dir):
     """
     data_dir = Path(data_dir).expanduser()
     if name != "synthetic" and from_rank_0(download, data_dir, name == "mnist"):
-        return SimpleNamespace(name="mnist", **read_mnist(data_dir))
+        train, test = read_mnist(data_dir)
+        return SimpleNamespace(name="mnist", train=train, test=test)
     from synthetic import synthetic_mnist  # not at the top: it imports this module
 
     train, test = synthetic_mnist("train", 60_000), synthetic_mnist("test", 10_000)
@@ -203,10 +206,12 @@ def download(data_dir, required):
 
     If that fails: UserError if it is required, else a warning.
     """
-    from torchvision.datasets import MNIST  # not at the top: importing it takes a second
-
-    if all((data_dir / "MNIST" / "raw" / Path(url).stem).exists() for url, _ in MNIST.resources):
+    if all(
+        (data_dir / RAW / f"{prefix}-{kind}-ubyte").exists() for prefix in SETS for kind in KINDS
+    ):
         return True
+    from torchvision.datasets import MNIST  # not at the top: importing it takes two seconds
+
     warn(f"downloading MNIST to {data_dir}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds without an answer; torchvision sets none
@@ -216,7 +221,7 @@ def download(data_dir, required):
         return True
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         message = f"MNIST cannot be downloaded ({str(error).strip().splitlines()[-1]}); "
-        message += f"put its four files in {data_dir}/MNIST/raw or pass --data-dir"
+        message += f"put its four files in {data_dir / RAW} or pass --data-dir"
         if required:
             raise UserError(message) from None
         warn(f"warning: {message}")
@@ -227,16 +232,19 @@ def download(data_dir, required):
 
 
 def read_mnist(data_dir):
-    """The training and the test set, as a dict. Raises UserError if they are not MNIST's."""
-    from torchvision.datasets import MNIST
-
+    """The training and the test set, as torchvision reads them. UserError if they are not MNIST."""
+    sets, digest = [], hashlib.sha256()
     try:
-        sets = {"train": MNIST(data_dir, train=True), "test": MNIST(data_dir, train=False)}
-    except Exception as error:  # of many types, for damaged files
+        for prefix in SETS:
+            paths = (data_dir / RAW / f"{prefix}-{kind}-ubyte" for kind in KINDS)
+            images, labels = (bytearray(path.read_bytes()) for path in paths)
+            data = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, SIDE, SIDE)
+            targets = torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
+            sets.append(SimpleNamespace(data=data, targets=targets))
+            digest.update(data.numpy())
+            digest.update(targets.numpy())
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"MNIST in {data_dir} cannot be read ({error})") from None
-    digest = hashlib.sha256()
-    for tensor in (part for one in sets.values() for part in (one.data, one.targets)):
-        digest.update(tensor.numpy())
     if digest.hexdigest() != SHA256:
         raise UserError(f"{data_dir}/MNIST is damaged or not MNIST; delete it to download it again")
     return sets

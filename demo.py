@@ -37,10 +37,8 @@ def main(argv):
 
     with Server(load_networks(args.run), args.port, args.host) as server:
         if args.host != "127.0.0.1":
-            text = (
-                "everyone in this network can use the page, at a numeric address of this computer"
-            )
-            warn(f"warning: {text}; what they draw travels unencrypted")
+            warn("warning: everyone in this network can use the page, at a numeric address of this")
+            warn("computer; what they draw travels unencrypted")
         log(f"{server.networks[0].texts['name']}: {server.url} (Ctrl-C to stop)")
         if not args.no_browser:  # in a thread, because a browser in the terminal blocks
             threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()

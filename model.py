@@ -181,6 +181,16 @@ class ComplexNumbers(nn.Module):
         # (a + bi) (c + di), and its inner product with each number; (B, C), then (B, 19)
         return digit_logits, (a * c - b * d) @ real.T + (a * d + b * c) @ imag.T
 
+    @torch.no_grad()
+    def planes(self):
+        """The numbers 0 to 18, complex (19, C), to be shown: easily read components come first.
+
+        In those, neighbors are close to each other, compared with their size.
+        """
+        numbers = torch.complex(*self.numbers.cpu())
+        steps, sizes = numbers.diff(dim=0).abs(), numbers.abs().square()
+        return numbers[:, (steps.sum(dim=0) / sizes.sum(dim=0)).argsort()]
+
 
 class OuterProduct(nn.Module):
     """The outer product of digit probabilities and one-hot addend, 10 x 10, then FC 19.

@@ -50,9 +50,8 @@ def expand(name):
     """The files that an argument means: itself, the images in a directory, a pattern's matches."""
     if os.path.isdir(name):
         files = sorted(glob(os.path.join(escape(name), "*")))
-        return [f for f in files if str(guess_type(f, strict=False)[0]).startswith("image/")] or [
-            name
-        ]
+        types = {file: str(guess_type(file, strict=False)[0]) for file in files}
+        return [file for file in files if types[file].startswith("image/")] or [name]
     if os.path.lexists(name):
         return [name]
     return [file for match in sorted(glob(name)) for file in expand(match)] or [name]

@@ -16,9 +16,9 @@ bf16 (several times as long without it):
   fast       1 epoch   99.41 / 99.40 %  seconds     two convolutions
   tiny      60 epochs  99.56 / 99.55 %  5 minutes   5,893 parameters
 
-outer-product is default with a head that looks the sums up instead of adding. Published systems,
-described in published/README.md: concat-mlp, shared-trunk, shared-trunk-slow, shared-trunk-fixed,
-concat-linear, concat-linear-fixed, added, added-fixed.
+outer-product is default with a head that looks sums up instead of adding; --unseen-pairs shows it.
+Published systems, see published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
+shared-trunk-fixed, concat-linear, concat-linear-fixed, added, added-fixed.
 
 In the results, "both" counts pairs of image and addend with digit and sum correct; "consistent"
 those where the predicted sum is the predicted digit plus the addend.
@@ -121,7 +121,8 @@ def main(argv, recipes=RECIPES):
     evaluation = evaluate, model, eval_sets, autocast, recipe.label_smoothing, unseen
     predict = partial(from_rank_0, *evaluation)
     if args.eval_only:
-        log(f"run      {args.resume}, epoch {len(history)}")
+        if not args.quiet:
+            log(f"run      {args.resume}, epoch {len(history)}")
         for split, predictions in predict().items():
             log(result_line(split, predictions.metrics(), training_caveat(flags)))
         return 0

@@ -68,11 +68,10 @@ class Network:
         text += " on synthetic digits" if flags["dataset"] != "mnist" else ""
         self.texts = {"name": f"{text} ({name})", "caveat": training_caveat(flags), "dials": []}
         if hasattr(model.head, "numbers"):
-            numbers = torch.complex(*model.head.numbers)  # (19, C)
-            # First the component in which the numbers that follow one another lie closest, because
-            # one sees there how it adds.
-            order = (numbers.diff(dim=0).abs().sum(dim=0) / numbers.abs().sum(dim=0)).argsort()
-            self.numbers = numbers[:, order] / numbers.abs().square().mean().sqrt()  # about 1 long
+            numbers = model.head.planes()  # (19, C)
+            self.numbers = numbers / numbers.abs().square().mean().sqrt()  # about 1 long
+            products = self.numbers[:NUM_DIGITS, None] * self.numbers[:NUM_DIGITS]  # (10, 10, C)
+            self.highest = (products @ self.numbers.mH).real.max()  # score of a sum
             self.texts["dials"] = points(self.numbers)
             model.head.register_forward_hook(self.record_dials)
 
@@ -80,13 +79,15 @@ class Network:
         """A hook: record how `ComplexNumbers` multiplies, and how it compares the product.
 
         A dial has the path from the digit to its product with the addend, (25, 2), and its part of
-        the scores of the sums, (19,): added up they are the logits, but for a factor.
+        the scores of the sums, (19,): added up they are the logits, but for a factor with which
+        the highest of all is 1.
         """
         weights = torch.cat([output[0].softmax(dim=1), inputs[1]])  # (2, 10)
         digit, addend = weights.to(self.numbers.dtype) @ self.numbers[:NUM_DIGITS]  # (C,) each
         path = digit * addend ** torch.linspace(0, 1, 25)[:, None]  # (25, C)
-        scores = (path[-1] * self.numbers.conj()).real.T.tolist()  # (C, 19)
-        self.dials = [{"path": p, "scores": s} for p, s in zip(points(path), scores, strict=True)]
+        scores = (path[-1] * self.numbers.conj()).real.T / self.highest  # (C, 19)
+        pairs = zip(points(path), scores.tolist(), strict=True)
+        self.dials = [{"path": path, "scores": scores} for path, scores in pairs]
 
     def record_maps(self, layer, inputs, output):
         """A hook: record at most 16 feature maps of a layer, those with the largest range first.

@@ -96,10 +96,13 @@ def test_mistakes_and_predictions_show_what_was_predicted(figures):
     )
 
 
-def test_the_learned_numbers_are_drawn_where_they_lie_the_largest_first():
-    numbers = torch.randn(2, 19, 3) * torch.tensor([1.0, 0.1, 9.0])
-    axes = plots.numbers_figure(numbers, TITLE).axes
-    for plane, component in zip(axes, (2, 0, 1), strict=True):
+def test_the_learned_numbers_are_drawn_where_they_lie_the_easily_read_plane_first():
+    head = ComplexNumbers(1)
+    steps = torch.tensor([2.0, 0.3, 1.0])  # radians from number to number
+    numbers = torch.polar(torch.ones(19, 3), torch.arange(19.0)[:, None] * steps)
+    head.numbers.data = torch.stack([numbers.real, numbers.imag])
+    axes = plots.numbers_figure(head.planes(), TITLE).axes
+    for plane, component in zip(axes, (1, 2, 0), strict=True):
         assert [text.get_text() for text in plane.texts] == [str(n) for n in range(19)]
         places = torch.tensor([text.get_position() for text in plane.texts])
-        torch.testing.assert_close(places, numbers[:, :, component].T)
+        torch.testing.assert_close(places, head.numbers[:, :, component].T.detach())

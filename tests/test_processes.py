@@ -52,10 +52,12 @@ def set_rank(rank, port, fault):
 @pytest.fixture
 def two(workdir):
     """Starts a run of two processes: two(flag, ...) -> both jobs."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    options = {"is_master": True, "wait_for_workers": False}
+    stores = []  # one for each start, as a used one has the keys of its processes
 
     def start(*flags, fault=id):
-        ranks = [functools.partial(set_rank, rank, store.port, fault) for rank in range(2)]
+        stores.append(torch.distributed.TCPStore("127.0.0.1", 0, **options))
+        ranks = [functools.partial(set_rank, rank, stores[-1].port, fault) for rank in range(2)]
         return [Job(*FLAGS, "--output-dir", "run", *flags, prepare=rank) for rank in ranks]
 
     return start

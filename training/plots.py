@@ -14,7 +14,6 @@ from dataset import NUM_DIGITS, NUM_SUMS
 from model import probabilities
 
 COLUMNS, MAX_IMAGES = 8, 24  # of the plots made of images
-NUMBER_PLANES = 8  # of numbers.png, at most
 CORRECT_COLOR, WRONG_COLOR = "#009E73", "#CC79A7"  # Okabe-Ito, safe for color-blind readers
 OUTPUT_COLORS = {"digit": "#0072B2", "sum": "#D55E00", "both": "#000000"}
 SPLIT_STYLES = {
@@ -44,7 +43,7 @@ def run_figures(history, curve, predictions, images, addends, head, title):
     yield "predictions.png", samples_figure(predictions, images, addends, title)
     yield "mistakes.png", mistakes_figure(predictions, images, title)
     if hasattr(head, "numbers"):
-        yield "numbers.png", numbers_figure(head.numbers.detach().cpu(), title)
+        yield "numbers.png", numbers_figure(head.planes(), title)
 
 
 def curves_figure(metric, train_rows, history, title):
@@ -140,17 +139,17 @@ def addition_figure(predictions, title):
     return figure
 
 
-def numbers_figure(numbers, title):
-    """The numbers 0 to 18 of `ComplexNumbers`, float (2, 19, C), in the plane of each component."""
-    real, imag = numbers
-    order = (real**2 + imag**2).sum(dim=0).argsort(descending=True)[:NUMBER_PLANES]
+def numbers_figure(planes, title):
+    """The numbers 0 to 18, complex (19, C), in the plane of each component that is used."""
+    sizes = planes.abs().amax(dim=0)
+    planes = planes[:, sizes > 0.1 * sizes.max()]
     note = "Multiplying two complex numbers adds their angles. So the network adds if equal steps"
     note += " from number to number\nare equal angles: then 3 times 4 points in the direction of 7."
-    rows = math.ceil(len(order) / 4)
+    rows = math.ceil(planes.shape[1] / 4)
     figure = new_figure("The numbers that the network has learned", title, 1.3 + 2.7 * rows, note)
     colors = [OUTPUT_COLORS["digit" if i < NUM_DIGITS else "sum"] for i in range(NUM_SUMS)]
-    for i, component in enumerate(order.tolist(), start=1):
-        x, y = real[:, component].tolist(), imag[:, component].tolist()
+    for i, numbers in enumerate(planes.T, start=1):
+        x, y = numbers.real.tolist(), numbers.imag.tolist()
         axes = figure.add_subplot(rows, 4, i, aspect="equal", xticks=[0], yticks=[0])
         axes.set(xticklabels=[], yticklabels=[])
         axes.grid(color="0.85")

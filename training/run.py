@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import signal
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,7 +51,7 @@ class Run:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.settings = {
             "command": self.command,
-            "flags": flags,
+            "flags": {name: value for name, value in flags.items() if name != "data_dir"},
             "recipe": recipe.as_plain(),
             "parameters": parameters,
             "device": str(device),
@@ -78,7 +79,8 @@ class Run:
 
     def progress_bar(self, steps):
         """A progress bar for training steps, on a terminal only."""
-        return tqdm(total=steps, leave=False, disable=self.quiet or rank() > 0 or None)
+        hidden = self.quiet or rank() > 0 or not sys.stderr
+        return tqdm(total=steps, leave=False, disable=hidden or None)
 
     @contextmanager
     def resumable(self):
