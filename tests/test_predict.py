@@ -114,9 +114,8 @@ def change_checkpoint(run, key, values):
 def test_the_line_of_a_picture(command, pictures):
     file, digit = pictures[2]
     status, out, _ = command(file, "--add", 7)
-    assert status == 0
     line = rf"digit {digit} \(\d+\.\d %\)  {digit} \+ 7 = {digit + 7} \(\d+\.\d %\)\n"
-    assert re.fullmatch(line, out), out
+    assert status == 0 and re.fullmatch(line, out), out
 
 
 def test_the_order_of_flags_and_pictures_does_not_matter(command, pictures):
@@ -126,36 +125,33 @@ def test_the_order_of_flags_and_pictures_does_not_matter(command, pictures):
 
 
 def test_several_pictures_are_recognized_and_labeled_with_their_names(command, pictures):
-    status, out, _ = command(*[file for file, _ in pictures], "--add", 3, "--json")
-    assert status == 0
+    files, digits = zip(*pictures, strict=True)
+    status, out, _ = command(*files, "--add", 3, "--json")
     records = json.loads(out)
-    assert [record["file"] for record in records] == [file for file, _ in pictures]
-    correct = [r["digit"] == digit for r, (_, digit) in zip(records, pictures, strict=True)]
-    sums = [r["sum"] == digit + 3 for r, (_, digit) in zip(records, pictures, strict=True)]
+    assert status == 0 and [record["file"] for record in records] == list(files)
+    correct = [r["digit"] == digit for r, digit in zip(records, digits, strict=True)]
+    sums = [r["sum"] == digit + 3 for r, digit in zip(records, digits, strict=True)]
     assert sum(correct) >= 36 and sum(sums) >= 36
     keys = {"file", "digit", "digit_probability", "addend", "sum", "sum_probability", "warnings"}
     assert set(records[0]) == keys
-    _, lines, _ = command(*[file for file, _ in pictures[:3]])
-    assert [line.split(":")[0] for line in lines.splitlines()] == ["0.png", "1.png", "2.png"]
+    assert re.findall("^(.*): digit", command(*files[:3])[1], re.M) == list(files[:3])
 
 
-def test_a_pattern_means_its_matches_and_a_directory_its_pictures(command, pictures, workdir):
+def test_a_pattern_means_its_matches_and_a_directory_its_pictures(command, pictures):
     """In shells that leave patterns to the program, as on Windows."""
-    directory = workdir / "photos [1]"
-    directory.mkdir()
-    names = ["3.png", "2 [x].PNG", "notes.txt"]
-    for name in names:
-        shutil.copy("0.png", directory / name)
+    inside = [os.path.join("photos [1]", name) for name in ("2 [x].PNG", "3.png")]
+    os.mkdir("photos [1]")
+    for file in (*inside, os.path.join("photos [1]", "notes.txt")):
+        shutil.copy("0.png", file)
 
     def files(*arguments):
         return [one["file"] for one in json.loads(command(*arguments, "--json")[1])]
 
     assert files("1?.png") == [f"1{i}.png" for i in range(10)]
-    inside = [str(directory / name) for name in ("2 [x].PNG", "3.png")]
-    assert files(directory, "1.png") == [*inside, "1.png"]
-    assert files("photos*") == files("photos [1]") == [os.path.relpath(file) for file in inside]
-    assert files(directory / "2 [x].PNG") == inside[:1]  # a file, although it looks like a pattern
-    (workdir / "empty").mkdir()
+    assert files("photos [1]", "1.png") == [*inside, "1.png"]
+    assert files("photos*") == inside
+    assert files(inside[0]) == inside[:1]  # a file, although it looks like a pattern
+    os.mkdir("empty")
     for nothing in ("empty", "*.tif"):
         status, out, err = command(nothing, "0.png")
         assert status == 1 and re.fullmatch(f"error: {re.escape(nothing)}: [^\n]+\n", err)
@@ -171,15 +167,6 @@ def test_pixels_of_another_type_or_shape_are_refused(trained, pixels):
         load_predictor(trained)(pixels, torch.zeros(40).long())
 
 
-def test_predictions_do_not_depend_on_the_batch(trained):
-    network, addends = load_predictor(trained), torch.full((7,), 4)
-    together = network(DIGITS.data[:7], addends)
-    alone = [network(image[None], addends[:1]) for image in DIGITS.data[:7]]
-    for ours, theirs in zip(zip(*alone, strict=True), together, strict=True):
-        torch.testing.assert_close(torch.cat(ours), theirs)
-        torch.testing.assert_close(theirs.sum(dim=1), torch.ones(7))
-
-
 def test_a_picture_from_standard_input(command, pictures, monkeypatch, workdir):
     file, digit = pictures[1]
     stream = SimpleNamespace(buffer=io.BytesIO((workdir / file).read_bytes()))
@@ -188,30 +175,21 @@ def test_a_picture_from_standard_input(command, pictures, monkeypatch, workdir):
     assert status == 0 and out.startswith(f"digit {digit} ")
 
 
-def test_an_unreadable_picture_is_reported_and_the_others_are_predicted(command, pictures, workdir):
-    (workdir / "text.png").write_text("not an image")
-    status, out, err = command("0.png", "text.png", "missing.png", "1.png")
-    assert status == 1 and [line.split(":")[0] for line in out.splitlines()] == ["0.png", "1.png"]
+def test_an_unreadable_picture_is_reported_and_the_others_are_predicted(command, pictures):
+    Path("text.png").write_text("not an image")
+    with Image.open("2.png") as image:
+        image.save("exif.jpg", exif=b"Exif\0\0garbage!")  # is ignored
+    status, out, err = command("0.png", "text.png", "missing.png", "exif.jpg", "1.png")
+    assert status == 1 and re.findall("^(.*): digit", out, re.M) == ["0.png", "exif.jpg", "1.png"]
     assert re.fullmatch("error: text.png: [^\n]+\nerror: missing.png: [^\n]+\n", err)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_damaged_exif_is_ignored_and_the_pictures_after_it_are_read(command, pictures, kind):
-    with Image.open("2.png") as image:
-        image.convert("RGB").save("damaged", kind, exif=b"Exif\0\0garbage!", quality=95)
-    status, out, err = command("damaged", "2.png", "--json")
-    digits = [record["digit"] for record in json.loads(out)]
-    assert (status, err, digits) == (0, "", [pictures[2][1]] * 2)
-
-
-def test_a_picture_without_ink_has_no_digit(command, pictures, workdir):
-    Image.new("L", (100, 100), 255).save(workdir / "white.png")
-    assert command("white.png", "--save-picture", "plot.png") == (1, f"{NO_INK}\n", "")
-    status, out, err = command("white.png", "0.png")
-    assert status == 1 and err == ""
-    assert out.startswith(f"white.png: {NO_INK}\n0.png: digit ")
+def test_a_picture_without_ink_has_no_digit(command, pictures):
+    Image.new("L", (100, 100), 255).save("white.png")
+    status, out, err = command("white.png", "0.png", "--save-picture", "plot.png")
+    assert (status, err) == (1, "") and out.startswith(f"white.png: {NO_INK}\n0.png: digit ")
     status, out, err = command("white.png", "--json")
-    record = json.loads(out)[0]
+    (record,) = json.loads(out)
     names = ("digit", "digit_probability", "sum", "sum_probability")
     assert status == 1 and [record[name] for name in names] == [None] * 4
     assert record["warnings"] == [NO_INK] and err == f"warning: white.png: {NO_INK}\n"
@@ -222,30 +200,21 @@ def test_predictions_are_printed_even_if_the_plot_cannot_be_written(command, pic
     assert status == 1 and out.startswith("digit ") and re.fullmatch(r"error: [^\n]+\n", err)
 
 
-def test_the_plot_does_not_overwrite_a_picture(command, pictures, workdir):
-    content = (workdir / "0.png").read_bytes()
-    status, _, err = command("0.png", "1.png", "--save-picture", "./0.png")
-    assert status == 2 and "overwrite" in err
-    assert (workdir / "0.png").read_bytes() == content
+def test_the_plot_does_not_overwrite_a_picture(command, pictures):
+    content = Path("0.png").read_bytes()
+    assert command("0.png", "1.png", "--save-picture", "./0.png")[0] == 2
+    assert Path("0.png").read_bytes() == content
 
 
 def test_help_does_not_wait_for_torch():
     code = "import sys, predict; print(predict.main(['--help']))"
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "usage: predict.py" in done.stdout
     assert not re.search(r"\| +(torch|numpy|PIL|matplotlib)$", done.stderr, re.M)
 
 
-WRONG = (
-    "0.png --add 10",
-    "",
-    "''",
-    "0.png --export x.txt",
-    "--export ''",
-    "0.png --save-picture x.jpg",
-)
+WRONG = "0.png --add 10", "", "''", "--export ''", "--export x.txt", "0.png --save-picture x.jpg"
 
 
 @pytest.mark.parametrize("arguments", WRONG)
@@ -254,19 +223,14 @@ def test_wrong_usage_is_one_line_and_status_2(command, arguments):
     assert (status, out) == (2, "") and re.fullmatch(r"error: [^\n]+\n", err), err
 
 
-@pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
-def test_a_run_without_a_checkpoint_is_one_line(workdir, capsys, place):
-    (workdir / "empty").mkdir()
-    (workdir / "file").write_bytes(b"PK\x03\x04 not a checkpoint")
+@pytest.mark.parametrize("place", ["nowhere", "empty", "file", "run"])
+def test_a_run_without_a_usable_checkpoint_is_one_line(command, trained, place, capsys):
+    Path("empty").mkdir()
+    Path("file").write_bytes(b"PK\x03\x04 not a checkpoint")
+    change_checkpoint(trained, "recipe", {"encoder": "standard"})  # another network
     assert predict.main([place, "0.png"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"error: [^\n]+\n", err), err
-
-
-def test_a_checkpoint_of_another_network_is_refused(trained, capsys):
-    change_checkpoint(trained, "recipe", {"encoder": "standard"})
-    assert predict.main([str(trained), "0.png"]) == 1
-    assert re.fullmatch("error: [^\n]*different network\n", capsys.readouterr().err)
 
 
 def test_a_plot_shows_the_name_and_the_warnings(command, rows):
