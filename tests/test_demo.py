@@ -98,6 +98,7 @@ def test_the_record(site, runs):
         (200, {"headers": {"Content-Type": "image/webp"}, "body": encode(drawing(1), "WEBP")}),
         (200, {"method": "GET", "path": "/?x=1"}),
         (200, {"method": "HEAD", "path": "/"}),
+        (200, {"body": encode(Image.new("RGBA", (5120, 2880)))}),
         (404, {"path": "/predict?addend=10"}),
         (404, {"path": "/predict?addend=1&network=2"}),
         (415, {"headers": {"Content-Type": "image/svg+xml"}}),
@@ -121,6 +122,12 @@ def test_the_page_allows_only_its_own_script(site):
         assert f'<script nonce="{nonce}">' in body.decode() and b"{{" not in body
         nonces.add(nonce)
     assert len(nonces) == 2
+
+
+def test_the_page_has_the_limits_of_the_server(site):
+    """It reduces larger images before it posts them."""
+    limits = f"MAX_BYTES = {server.MAX_BYTES}, MAX_PIXELS = {server.MAX_PIXELS},"
+    assert limits in request(site, "GET", "/", headers={})[2].decode()
 
 
 def test_bad_requests_do_not_stop_the_server(site, monkeypatch):

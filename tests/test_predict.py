@@ -315,12 +315,8 @@ def check_card(path):
         assert run_code(card, "drawing.png") == (5, 12), paper
         Image.new("RGBA", (400, 300), paper).save("blank.png")
         assert run_code(card, "blank.png") is None
-    samples = ROOT / "samples"
-    assert run_code(card, samples / "five.png") == (5, 12)
-    assert (
-        run_code(card, samples / "two.png") is run_code(card, samples / "nine.png") is None
-    )  # screenshots
-    assert len(list(samples.iterdir())) == 3
+    read = {path.stem: run_code(card, path) for path in (ROOT / "samples").iterdir()}
+    assert read == {"five": (5, 12), "two": None, "nine": None}  # two and nine are screenshots
 
 
 def test_onnx_gives_the_same_for_all_addends_and_batch_sizes(exported_onnx, trained):
