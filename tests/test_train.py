@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -383,3 +384,13 @@ def test_fast_reaches_its_accuracies_on_mnist(monkeypatch, tmp_path):
     assert train.main([*flags, "--output-dir", str(tmp_path / "run")]) == 0
     test = read_json(tmp_path / "run")["test"]
     assert test["digit_accuracy"] >= 0.9915 and test["sum_accuracy"] >= 0.9915
+
+
+def test_without_a_writable_directory_for_matplotlib_the_error_names_the_variable(workdir):
+    code = "import sys, tempfile\ndef fail(*args, **options): raise OSError('read-only')\n"
+    code += "tempfile.mkdtemp = fail\nimport train\nsys.exit(train.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--dataset", "synthetic", "--dry-run"]
+    environment = os.environ | {"PYTHONPATH": str(conftest.ROOT), "MPLCONFIGDIR": "/dev/null/x"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "MPLCONFIGDIR" in result.stderr.splitlines()[-1]

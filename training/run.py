@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from training import plots
 from training.checkpoint import FORMAT, LAST, RUNS, training_caveat, unwrapped
 from training.console import UserError, log, rank
 from training.files import write_atomic
@@ -34,6 +33,10 @@ class Run:
     """
 
     def __init__(self, directory, saved_epochs, argv, flags, recipe, quiet):
+        # Not at the top: Matplotlib fails here, in one line, if it finds no writable directory.
+        from training import plots
+
+        self.plots = plots
         self.flags, self.recipe, self.quiet = flags, recipe, quiet
         self.status, self.saved_epochs = 0, saved_epochs
         self.note = training_caveat(flags)
@@ -142,9 +145,9 @@ class Run:
             columns = "index", "label", "prediction", "confidence"
             self.save_csv("mistakes.csv", columns, predictions.mistakes())
             images = test_set.images.cpu(), test_set.addends.cpu()
-            drawn = plots.run_figures(history, curve, predictions, *images, head, title)
+            drawn = self.plots.run_figures(history, curve, predictions, *images, head, title)
             for name, figure in drawn:
-                write_atomic(self.path / name, plots.as_png(figure))
+                write_atomic(self.path / name, self.plots.as_png(figure))
         self.log(f"saved    {self.path}")
 
     def save_json(self, name, value):
