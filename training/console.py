@@ -60,15 +60,15 @@ def rank():
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
-def log(text, file=None):
-    """Print a line to stdout, or another file, on rank 0."""
-    if rank() == 0:
+def log(text, stream="stdout"):
+    """Print a line on rank 0, unless the stream is closed."""
+    if rank() == 0 and (file := getattr(sys, stream)):
         print(text, file=file, flush=True)
 
 
 def warn(text):
     """`log` to stderr."""
-    log(text, sys.stderr)
+    log(text, "stderr")
 
 
 def exit_status(main):
