@@ -15,7 +15,7 @@ from handwriting.predictor import load_model
 from recipes import RECIPES
 
 PATH = ROOT / "results" / "tiny.pt"
-SHA256 = "f258a4a3c2c9d288f849030de98f78c6a983a31ce1bbfbd783327dafdc24b377"
+SHA256 = "d1352e1a0aef56e46f964545670a320fdfc6ed5ade1b68ae08636e5b3fc442d4"
 MNIST_DIR = os.environ.get("MNIST_DIR")
 
 

@@ -129,11 +129,11 @@ def accuracies(metrics, prefix=""):
     names = {"digit": "digit", "sum": "sum", "both": "both"}
     names |= {"seen pairs": "seen_sum", "unseen pairs": "unseen_sum"}
     values = {text: metrics.get(f"{prefix}{name}_accuracy") for text, name in names.items()}
-    return " ".join(f"{text} {100 * v:.2f} %" for text, v in values.items() if v is not None)
+    return ", ".join(f"{text} {100 * v:.2f} %" for text, v in values.items() if v is not None)
 
 
 def result_line(split, metrics, note):
     """The line that reports `Predictions.metrics`, with a warning if any."""
     consistent = f"consistent {100 * metrics['consistency']:.2f} %"
-    text = f"result   {split}: {accuracies(metrics)} {consistent}"
+    text = f"result   {split}: {accuracies(metrics)}, {consistent}"
     return f"{text} ({note})" if note else text
