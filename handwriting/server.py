@@ -84,7 +84,8 @@ class Network:
         """
         weights = torch.cat([output[0].softmax(dim=1), inputs[1]])  # (2, 10)
         digit, addend = weights.to(self.numbers.dtype) @ self.numbers[:NUM_DIGITS]  # (C,) each
-        path = digit * addend ** torch.linspace(0, 1, 25)[:, None]  # (25, C)
+        turned = torch.linspace(0, 1, 25)[:, None]  # parts of the way; a power of 0 would be NaN
+        path = digit * torch.polar(addend.abs() ** turned, addend.angle() * turned)  # (25, C)
         scores = (path[-1] * self.numbers.conj()).real.T / self.highest  # (C, 19)
         pairs = zip(points(path), scores.tolist(), strict=True)
         self.dials = [{"path": path, "scores": scores} for path, scores in pairs]

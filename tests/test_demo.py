@@ -234,6 +234,13 @@ def test_the_dials_are_those_of_the_head(site):
         assert torch.allclose(factor * score, logits[0], atol=1e-4)
 
 
+def test_a_component_that_training_has_left_at_zero(site, monkeypatch):
+    """What the browser gets is still JSON, which has no NaN."""
+    unused = site.networks[0].numbers * torch.tensor([1.0] * 7 + [0.0])
+    monkeypatch.setattr(site.networks[0], "numbers", unused)
+    json.dumps(site.networks[0].predict(drawing(7), 5), allow_nan=False)
+
+
 @pytest.mark.parametrize(
     "status, flags",
     [(1, "nowhere"), (1, "RUN --port USED"), (1, "RUN --host 192.0.2.1"), (2, "")]
