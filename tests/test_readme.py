@@ -105,7 +105,8 @@ def test_the_first_run_prints_what_is_shown(job):
 
 
 def mean_and_sd(summary):
-    return f"{100 * summary['mean']:.3f} ({100 * summary['sd']:.3f})"
+    sd = f" ({100 * summary['sd']:.3f})" if summary["n"] > 1 else ""
+    return f"{100 * summary['mean']:.3f}{sd}"
 
 
 def read_row(path, name):
