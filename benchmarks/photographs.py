@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from benchmarks.common import BENCHMARKS, provenance, save_json
 from benchmarks.drawings import DRAWINGS, drawing
-from benchmarks.scenes import SCENES
+from benchmarks.scenes import SCENES, SEVERAL_DIGITS
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import SIDE, load_data
 from handwriting.predictor import Predictor, load_model, predict
-from handwriting.prepare import Prepared, prepare
+from handwriting.prepare import SEVERAL, Prepared, prepare
 from training.console import Number, Parser, exit_status
 
-KINDS = (*DAMAGES, *DRAWINGS, *SCENES)
+COLUMNS = "prepared", "resized", "MNIST", "wrong without warning", "right with warning", SEVERAL
+KINDS = (*DAMAGES, *DRAWINGS, *SCENES, *SEVERAL_DIGITS)
 
 
 def resize(picture):
@@ -35,6 +36,11 @@ def make_pictures(kind, test, count, rng):
     if kind in DRAWINGS:
         digits, drawn = zip(*(drawing(rng) for _ in range(count)), strict=True)
         return [DRAWINGS[kind](coverage, rng) for coverage in drawn], np.array(digits), None
+    if kind in SEVERAL_DIGITS:
+        size, scene = SEVERAL_DIGITS[kind]
+        chosen = rng.choice(len(test.data), (count, size), replace=False)
+        pictures = [scene(images, rng) for images in test.data.numpy()[chosen]]
+        return pictures, np.full(count, -1), None  # no single digit is right
     chosen = rng.choice(len(test.data), count, replace=False)
     images = test.data.numpy()[chosen]
     if kind in DAMAGES:
@@ -48,20 +54,23 @@ def evaluate(predictor, test, kind, count, rng):
     """How many of `count` pictures of a kind are recognized in each form, as a dict."""
     pictures, digits, images = make_pictures(kind, test, count, rng)
 
+    prepared = [prepare(picture) for picture in pictures]
+    several = sum(SEVERAL in one.warnings for one in prepared)
+    if kind in SEVERAL_DIGITS:
+        return dict.fromkeys(COLUMNS[:-1]) | {COLUMNS[-1]: several}
+
     def predict_all(images):  # for each: is the digit correct, is there a warning
         records = [predict(predictor, image, addend=0)[0] for image in images]
         right = [r["digit"] == digit for r, digit in zip(records, digits.tolist(), strict=True)]
         return right, [bool(record["warnings"]) for record in records]
 
-    right, warned = predict_all([prepare(picture) for picture in pictures])
+    right, warned = predict_all(prepared)
     pairs = list(zip(right, warned, strict=True))
-    return {
-        "prepared": sum(right),
-        "resized": sum(predict_all([resize(picture) for picture in pictures])[0]),
-        "MNIST": None if images is None else sum(predict_all(list(map(Prepared, images)))[0]),
-        "wrong without warning": pairs.count((False, False)),
-        "right with warning": pairs.count((True, True)),
-    }
+    resized, _ = predict_all([resize(picture) for picture in pictures])
+    originals = None if images is None else sum(predict_all(list(map(Prepared, images)))[0])
+    silent, doubted = pairs.count((False, False)), pairs.count((True, True))
+    counts = sum(right), sum(resized), originals, silent, doubted, several
+    return dict(zip(COLUMNS, counts, strict=True))
 
 
 def table(results):

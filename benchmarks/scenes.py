@@ -1,10 +1,24 @@
-"""Pictures that people send: digits of MNIST that are cropped, circled, on a table, in an app."""
+"""Pictures that people send: digits of MNIST that are cropped, circled, on a table, in an app.
+
+Those in `SEVERAL_DIGITS` show two or three, of which none should be read without a warning.
+"""
+
+from functools import partial
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.drawings import as_picture, canvas, letterboxed, on_desk, on_page
-from benchmarks.simulation import add_noise, photograph, place_on_sheet, smooth_noise, wide_pen
+from benchmarks.simulation import (
+    DAMAGES,
+    add_noise,
+    illuminate,
+    photograph,
+    place_on_sheet,
+    smooth_noise,
+    wide_pen,
+)
 
 PAPER, INK = 236.0, 40.0
 
@@ -123,6 +137,39 @@ def tile(image, rng):
     return on_page(Image.fromarray(image).convert("RGB"), (size, size), rng)
 
 
+def form(images, rng, gaps=True, faint=False, photo=False):
+    """A digit in each box of a form: frames of 220 pixels on white paper."""
+    margin, width = int(rng.integers(15, 80)), int(rng.integers(2, 6))
+    step = 220 + (int(rng.integers(10, 60)) if gaps else -width)
+    shade = rng.uniform(0.15, 0.5) if faint else rng.uniform(0.8, 1)
+    coverage = np.zeros((2 * margin + 220, 2 * margin + step * (len(images) - 1) + 220))
+    for index, image in enumerate(images):
+        left = margin + step * index
+        box = coverage[margin : margin + 220, left : left + 220]  # a view
+        box[:] = np.maximum(box, shade)
+        box[width:-width, width:-width] = 0
+        digit = cut_out(wide_pen(image, int(rng.integers(120, 200))))
+        y, x = ((220 - np.array(digit.shape)) * rng.uniform(0.3, 0.7, 2)).astype(int)
+        box[y : y + digit.shape[0], x : x + digit.shape[1]] = digit
+    scene = on_paper(coverage)
+    if not photo:
+        return as_picture(scene)
+    return noisy(illuminate(scene, {rng.choice(["uneven", "shadow"])}, rng), rng)
+
+
+def one_box(image, rng):
+    return form([image], rng, faint=rng.random() < 0.5, photo=rng.random() < 0.5)
+
+
+def pair(images, rng, axis=1, gap=(6, 15)):
+    """A photograph of two digits beside (axis 1) or above each other, `gap` MNIST pixels apart."""
+    one, two = (image.compress(image.any(axis=1 - axis), axis) for image in images)
+    before = [(0, 0), (0, 0)]
+    before[axis] = int(rng.integers(*gap)), 0
+    both = np.concatenate([one, np.pad(two, before)], axis)
+    return photograph(both, rng, rng.choice(DAMAGES))
+
+
 def app(image, rng):
     """A drawing app: a white card on gray, a caption and a colored button below it."""
     coverage = np.pad(wide_pen(image, 280), 40)
@@ -153,3 +200,14 @@ SCENES = {"letterbox": letterbox, "desk": desk, "crop": crop, "large crop": larg
 SCENES |= {"close photo": close_photo, "binary crop": binary_crop, "ring": ring}
 SCENES |= {"underline": underline, "tilted sheet": tilted_sheet, "shadow edge": shadow_edge}
 SCENES |= {"three digits": three_digits, "tile": tile, "app": app, "12 x 12": small}
+SCENES |= {"one box": one_box}
+
+SEVERAL_DIGITS = {  # each of so many images
+    "side by side": (2, pair),
+    "close together": (2, partial(pair, gap=(3, 6))),
+    "one above the other": (2, partial(pair, axis=0, gap=(3, 11))),
+}
+for count, gaps, faint, photo in product((2, 3), *[(False, True)] * 3):
+    words = "faint" * faint, "photographed" * photo, f"{count} boxes", "apart" * gaps
+    options = {"gaps": gaps, "faint": faint, "photo": photo}
+    SEVERAL_DIGITS[" ".join(filter(None, words))] = count, partial(form, **options)

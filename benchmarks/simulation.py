@@ -25,7 +25,7 @@ def photograph(digit_image, rng, damage):
     """Simulate a photograph of a digit.
 
     Args:
-        digit_image: uint8 (28, 28), light on dark, as in MNIST.
+        digit_image: uint8 (28, 28), light on dark, as in MNIST, or a larger one of several digits.
         rng: a NumPy generator, the only source of randomness.
         damage: one of `DAMAGES`.
 
@@ -50,16 +50,18 @@ def photograph(digit_image, rng, damage):
 
 
 def wide_pen(digit_image, size):
-    """Enlarge a digit with sharp edges: coverage by ink, from 0 to 1, float (size, size)."""
+    """Enlarge a digit with sharp edges: coverage by ink, 0 to 1, float; 28 pixels become `size`."""
     small = Image.fromarray(digit_image.astype(np.float32) / 255)
-    large = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
+    sides = [side * size // 28 for side in small.size]
+    large = np.asarray(small.resize(sides, Image.Resampling.BICUBIC))
     return np.clip((large - 0.4) * 2 + 0.5, 0, 1).astype(float)
 
 
 def thin_pen(digit_image, size, rng):
-    """Draw the center line of a digit with a thin pen: coverage, float (size, size)."""
-    line = skeleton(wide_pen(digit_image, 112) > 0.5)
-    large = Image.fromarray(line.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+    """Draw the center line of a digit with a thin pen: coverage, float, as in `wide_pen`."""
+    line = Image.fromarray(skeleton(wide_pen(digit_image, 112) > 0.5).astype(np.float32))
+    sides = [side * size // 112 for side in line.size]
+    large = line.resize(sides, Image.Resampling.BICUBIC)
     radius = size * rng.uniform(0.010, 0.022)  # that of an MNIST stroke is about 0.045
     soft = gaussian_blur(np.asarray(large, dtype=float), radius)
     return np.clip(soft / np.percentile(soft[soft > soft.max() / 3], 50) * 1.6 - 0.3, 0, 1)

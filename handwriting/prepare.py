@@ -15,10 +15,11 @@ from PIL import Image, ImageFilter
 from dataset import SIDE
 from handwriting.sheet import bounding_box, connected_components, find_sheet, longer_side
 
-NO_INK = "no digit found: photograph it from above, in even light"
-SEVERAL, CUT = "more than one digit", "ink at the picture's edge"
+NO_INK = "no digit found, or too small: photograph it from above, near, in even light"
+SEVERAL, CUT, SMALL = "more than one digit", "ink at the picture's edge", "the digit is too small"
 DIGIT_SIDE, CENTER = 20, 14  # of MNIST's images, in pixels
 ON_SHEET, IN_SCENE = 0.3, 0.15  # strokes are thinner than this fraction of the longer side
+MIN_SIDE = 6  # of a digit in a reduced picture, in pixels
 THIN = 2.5  # stroke width at this size, in pixels: 75% of MNIST's digits have wider strokes
 FAINT = 0.4  # a pixel is ink if it is stronger than this fraction of the strong ink ...
 NOISE = 5  # ... and than this many standard deviations of the background
@@ -29,19 +30,21 @@ class Prepared(NamedTuple):
     """A digit as an MNIST image."""
 
     pixels: np.ndarray  # uint8 (28, 28), light on dark; all 0 if no ink was found
-    warnings: tuple[str, ...] = ()  # a subset of NO_INK, SEVERAL, CUT
+    warnings: tuple[str, ...] = ()  # a subset of NO_INK, SEVERAL, CUT, SMALL
 
 
 def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
     image = as_rgb(image)
     small, factor = reduced(image)
-    sheet, prepared = find_sheet(np.asarray(small, dtype=float)), []
+    sheet, found = find_sheet(np.asarray(small, dtype=float)), []
     if sheet is not None:
-        prepared = [prepare_part(crop(image, sheet * factor), ON_SHEET)]
-    if not prepared or {NO_INK, CUT} & set(prepared[0].warnings):  # perhaps it is not the sheet
-        prepared.append(prepare_part(image, IN_SCENE))
-    return min(prepared, key=lambda one: (NO_INK in one.warnings, bool(one.warnings)))
+        found = [prepare_part(crop(image, sheet * factor), ON_SHEET)]
+    if not found or found[0].warnings or (np.ptp(sheet, axis=0) < small.size[::-1]).any():
+        found.append(prepare_part(image, IN_SCENE))  # other digits, or it is not the sheet
+    best = min(found, key=lambda one: (NO_INK in one.warnings, bool(one.warnings)))
+    several = [SEVERAL for one in found if SEVERAL in one.warnings]
+    return best._replace(warnings=tuple(dict.fromkeys([*best.warnings, *several])))
 
 
 def prepare_part(image, window):
@@ -53,6 +56,8 @@ def prepare_part(image, window):
         return Prepared(np.zeros((SIDE, SIDE), np.uint8), found)
     (top, left), (bottom, right) = box = bounding_box(digit)
     side = longer_side(box)
+    if side < MIN_SIDE and factor > 1:
+        found = (SMALL,)  # at this size noise looks like other digits
     if side < max(digit.shape) / 4 and factor > 1:  # search again, closer
         closer = prepare_part(crop(image, (box + [[-side // 2], [side // 2]]) * factor), window)
         # Ink that reaches the edge only in the closer picture is the edge of a shadow.
@@ -79,8 +84,6 @@ def as_rgb(image):
     """Convert to RGB; transparency becomes white, or black if the ink is white."""
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
-        finite = np.isfinite(values)
-        values = np.where(finite, values, np.median(values[finite]) if finite.any() else 0)
         span = max(np.ptp(values), 1e-9)
         image = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
     if image.has_transparency_data:
@@ -137,7 +140,8 @@ def find_ink(difference, flat):
     """Ink, float (H, W), along one direction in color space; its threshold, inf without ink."""
     ink = np.linalg.norm(difference, axis=2)
     for _ in range(2):  # the second pass has a better estimate of the ink
-        strong = ink > np.quantile(ink, 0.999, method="lower") / 2
+        level = np.quantile(ink, 0.999, method="lower")
+        strong = ink > (level if level > VISIBLE else ink.max()) / 2  # else ink is few pixels
         if not strong.any():
             return ink, np.inf
         direction = difference[strong].mean(axis=0)
@@ -146,7 +150,7 @@ def find_ink(difference, flat):
     strength = np.median(ink[strong])
     rest = projection[~strong]
     deviation = 0 if flat else 1.4826 * np.median(np.abs(rest - np.median(rest)))
-    visible = strength > VISIBLE * deviation
+    visible = strength > VISIBLE * max(deviation, 1)  # a reduced photo has no noise
     return ink, max(FAINT * strength, NOISE * deviation) if visible else np.inf
 
 
@@ -158,6 +162,8 @@ def select_digit(ink, threshold, noiseless):
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
         return ink, (CUT,) if ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape) else ()
+    # Then it is paper around ink of the other kind, and its pieces are no digits.
+    dense = mask.sum() > np.ptp(bounding_box(mask), axis=0).prod() / 2
     labels = connected_components(mask)
     mass = np.bincount(labels[mask], ink[mask])  # 0 for label 0, paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
@@ -177,12 +183,14 @@ def select_digit(ink, threshold, noiseless):
     main_side = longer_side(main_box)
     for i, box in boxes.items():
         gaps = np.maximum(main_box[0], box[0]) - np.minimum(main_box[1], box[1])  # (y, x)
-        underline = i in lines and box[0, 0] >= main_box[1, 0] - 2
-        if underline or (i in at_edge and main not in at_edge and not noiseless):
+        tall = box[1, 0] - box[0, 0] > main_side / 2  # the bar of a 5 is not
+        below = box[0, 0] >= main_box[1, 0] - 2
+        if i in lines and (below or i in at_edge):  # an underline, or the bar of a screen
             continue
-        large = longer_side(box) > main_side / 2 and mass[i] > mass[main] / 10
-        beside = gaps[1] >= 0 and box[1, 0] - box[0, 0] > main_side / 2
-        if large and (beside or gaps.max() > main_side / 5):
+        if i in at_edge and main not in at_edge and not noiseless:
+            continue
+        large = longer_side(box) > 0.4 * main_side and mass[i] > mass[main] / 15
+        if large and not dense and (tall and gaps.max() >= 0 or gaps.max() > main_side / 5):
             found.append(SEVERAL)
         elif gaps.max() <= main_side / 4:  # a detached part of the same digit
             kept.append(i)

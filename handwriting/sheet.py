@@ -16,9 +16,12 @@ def find_sheet(rgb):
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
         areas = np.bincount(labels[mask])  # 0 for label 0, the rest of the picture
-        for label in np.flatnonzero(areas > 0.1 * gray.size):
-            sheet, ink = fill_holes(labels == label, mask)
+        regions = [(labels == label, mask) for label in np.flatnonzero(areas > 0.1 * gray.size)]
+        for region, similar in regions:
+            sheet, ink = fill_holes(region, similar)
             if ink is not None and is_rectangle(sheet):
+                if ink.sum() > 0.8 * (sheet & ~similar).sum():  # nothing else: perhaps a dark tile
+                    regions.append((ink, ~similar))
                 box = grow(bounding_box(ink), sheet)
                 sides = box[1] - box[0]
                 # Else nothing is left inside the edge, or it is the edge of a shadow.
