@@ -6,7 +6,7 @@ Imported before torch, it sets the environment variables that libraries read whe
 import os
 
 # By default the threads of libgomp, PyTorch's OpenMP library on Linux, wait for work in a busy
-# loop: if other programs need the cores too, training takes four to ten times as long.
+# loop: if other programs need the cores too, training takes several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 os.environ["MPLBACKEND"] = "agg"  # notebooks set one that other environments do not have
