@@ -124,7 +124,9 @@ def test_result_tables_come_from_the_benchmark(name):
     digit, total = row["metrics"]["digit"], row["metrics"]["sum"]
     cells = [f"{row['settings']['epochs']}", f"{row['parameters']:,}"]
     cells += [f"{row['training_flops']:.1e}".replace("e+", "e"), f"{digit['n']}"]
-    cells += [mean_and_sd(digit), mean_and_sd(total), f"{row['train_seconds']['median']:.3g}"]
+    seconds = row["train_seconds"]["median"]
+    seconds = f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+    cells += [mean_and_sd(digit), mean_and_sd(total), seconds]
     assert f"| `--recipe {name}` | {' | '.join(cells)} |\n" in README
     help_line = f"{name:<8} {row['settings']['epochs']:>3} epoch"
     consistent = f"{100 * row['metrics']['consistency']['mean']:.3f}"
