@@ -75,8 +75,8 @@ def evaluate(predictor, test, kind, count, rng):
 
 def table(results):
     """The results file as a table in Markdown, in percent of the pictures."""
-    lines = ["| kind | prepared | resized | as in MNIST | wrong, no warning | right, warning |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    names = "prepared", "resized", "as in MNIST", "wrong, no warning", "right, warning", SEVERAL
+    lines = [f"| kind | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     for kind, row in results["counts"].items():
         shares = ["–" if n is None else f"{n / results['count']:.1%}" for n in row.values()]
         lines.append(f"| {kind} | {' | '.join(shares)} |")

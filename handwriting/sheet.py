@@ -12,7 +12,6 @@ def find_sheet(rgb):
     gray, sheets = rgb.mean(axis=2), []
     if max(gray.shape) < 40:  # nothing but a sheet
         return None
-    edge = min(2, max(gray.shape) // 64)  # pixels at the edge of a sheet that may be blurred
     for mask in similar_pixels(gray):
         labels = connected_components(mask)
         areas = np.bincount(labels[mask])  # 0 for label 0, the rest of the picture
@@ -24,14 +23,15 @@ def find_sheet(rgb):
                     regions.append((ink, ~similar))
                 box = grow(bounding_box(ink), sheet)
                 sides = box[1] - box[0]
+                edge = min(2, sides.max() // 64)  # pixels at its edge that may be blurred
                 # Else nothing is left inside the edge, or it is the edge of a shadow.
                 if sides.min() > 2 * edge and sides.prod() > sheet.sum() / 2:
-                    sheets.append((sheet, box))
+                    inner = np.where(box == [[0, 0], gray.shape], 0, [[edge], [-edge]])
+                    sheets.append((sheet, box + inner))
     sheets.sort(key=lambda item: item[0].sum(), reverse=True)
     for index, (sheet, box) in enumerate(sheets):
         if not any(sheet[smaller].all() for smaller, _ in sheets[index + 1 :]):
-            # Without the blurred edge, except at the edges of the picture.
-            return box + np.where(box == [[0, 0], gray.shape], 0, [[edge], [-edge]])
+            return box
     return None
 
 
