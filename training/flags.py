@@ -101,7 +101,7 @@ def checkpoint_to_resume(args, recipes):
         return there if there.exists() or args.eval_only else None
     if args.resume:
         given = find_checkpoint(args.resume)
-        if given.name != LAST and not args.eval_only:
+        if given.exists() and given.name != LAST and not args.eval_only:
             message = f"only {LAST} of a run can be resumed; see --eval-only for others"
             raise UserError(message, status=2)
         return given
