@@ -9,12 +9,12 @@ python train.py --resume                     # continue the latest unfinished ru
 On several GPUs: torchrun --standalone --nproc-per-node 2 train.py
 Checkpoints, metrics and plots are written to a new directory below runs/.
 
-Our recipes, with the mean test accuracy of digit / sum and the training time on two CPU cores with
-bf16 (several times as long without it):
+Our recipes, with the mean test accuracy of digit / sum and about the training time on two idle CPU
+cores with bf16:
 
-  default   20 epochs  99.72 / 99.72 %  3 minutes   best accuracy for its cost
+  default   20 epochs  99.72 / 99.72 %  4 minutes   best accuracy for its cost
   fast       1 epoch   99.41 / 99.40 %  seconds     two convolutions
-  tiny      60 epochs  99.51 / 99.51 %  5 minutes   5,714 parameters
+  tiny      60 epochs  99.51 / 99.51 %  minutes     5,714 parameters
 
 outer-product is default with a head that looks sums up instead of adding; --unseen-pairs shows it.
 Published systems, see published/README.md: concat-mlp, shared-trunk, shared-trunk-slow,
