@@ -23,9 +23,9 @@ from training.processes import from_rank_0, world_size
 
 NUM_DIGITS, NUM_SUMS, SIDE = 10, 19, 28
 MEAN, STD = 0.1307, 0.3081  # of the pixels of the training set, scaled to 0..1
-# torchvision's folder and names of the files, and a digest of all images and labels: torchvision
-# checks what it downloads, but not whether the files are whole, or those of Fashion-MNIST.
-RAW, SETS, KINDS = Path("MNIST", "raw"), ("train", "t10k"), ("images-idx3", "labels-idx1")
+RAW = Path("MNIST", "raw")  # torchvision's folder for the files
+# A digest of all images and labels: torchvision checks what it downloads, but not whether the files
+# that it finds are whole, or those of Fashion-MNIST.
 SHA256 = "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b"
 
 
@@ -206,12 +206,10 @@ def download(data_dir, required):
 
     If that fails: UserError if it is required, else a warning.
     """
-    if all(
-        (data_dir / RAW / f"{prefix}-{kind}-ubyte").exists() for prefix in SETS for kind in KINDS
-    ):
-        return True
-    from torchvision.datasets import MNIST  # not at the top: importing it takes two seconds
+    from torchvision.datasets import MNIST  # not at the top: predictions need not wait for it
 
+    if all((data_dir / RAW / name).with_suffix("").exists() for name, _ in MNIST.resources):
+        return True
     warn(f"downloading MNIST to {data_dir}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds without an answer; torchvision sets none
@@ -232,19 +230,16 @@ def download(data_dir, required):
 
 
 def read_mnist(data_dir):
-    """The training and the test set, as torchvision reads them. UserError if they are not MNIST."""
-    sets, digest = [], hashlib.sha256()
+    """The training and the test set. Raises UserError if they are not MNIST's."""
+    from torchvision.datasets import MNIST
+
     try:
-        for prefix in SETS:
-            paths = (data_dir / RAW / f"{prefix}-{kind}-ubyte" for kind in KINDS)
-            images, labels = (bytearray(path.read_bytes()) for path in paths)
-            data = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, SIDE, SIDE)
-            targets = torch.frombuffer(labels, dtype=torch.uint8, offset=8).long()
-            sets.append(SimpleNamespace(data=data, targets=targets))
-            digest.update(data.numpy())
-            digest.update(targets.numpy())
-    except (OSError, RuntimeError, ValueError) as error:
+        train, test = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
+    except Exception as error:  # of many types, for damaged files
         raise UserError(f"MNIST in {data_dir} cannot be read ({error})") from None
+    digest = hashlib.sha256()
+    for tensor in (train.data, train.targets, test.data, test.targets):
+        digest.update(tensor.numpy())
     if digest.hexdigest() != SHA256:
         raise UserError(f"{data_dir}/MNIST is damaged or not MNIST; delete it to download it again")
-    return sets
+    return train, test

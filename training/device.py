@@ -34,7 +34,7 @@ def pick_device(name, precision, deterministic=False):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    if deterministic:  # not called otherwise: it imports the compiler, which takes over a second
+    if deterministic:
         # cuBLAS reads this when it starts, and is deterministic only with it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # On MPS the gradient of pooling has no deterministic form: warn instead of failing.
