@@ -170,6 +170,15 @@ def pair(images, rng, axis=1, gap=(6, 15)):
     return photograph(both, rng, rng.choice(DAMAGES))
 
 
+def pasted(images, rng, axis=1):
+    """Two photographs, each with its own paper and light, pasted beside (1) or above each other."""
+    damage = rng.choice(DAMAGES)
+    one, two = (photograph(image, rng, damage) for image in images)
+    side = one.size[axis == 1]
+    two = two.resize([n * side // two.size[axis == 1] for n in two.size])
+    return Image.fromarray(np.concatenate([np.asarray(one), np.asarray(two)], axis))
+
+
 def app(image, rng):
     """A drawing app: a white card on gray, a caption and a colored button below it."""
     coverage = np.pad(wide_pen(image, 280), 40)
@@ -206,6 +215,8 @@ SEVERAL_DIGITS = {  # each of so many images
     "side by side": (2, pair),
     "close together": (2, partial(pair, gap=(3, 6))),
     "one above the other": (2, partial(pair, axis=0, gap=(3, 11))),
+    "pasted side by side": (2, pasted),
+    "pasted above each other": (2, partial(pasted, axis=0)),
 }
 for count, gaps, faint, photo in product((2, 3), *[(False, True)] * 3):
     words = "faint" * faint, "photographed" * photo, f"{count} boxes", "apart" * gaps

@@ -37,14 +37,19 @@ def prepare(image):
     """Return the digit in a Pillow image as a Prepared. Ink may be lighter or darker than paper."""
     image = as_rgb(image)
     small, factor = reduced(image)
-    sheet, found = find_sheet(np.asarray(small, dtype=float)), []
-    if sheet is not None:
-        found = [prepare_part(crop(image, sheet * factor), ON_SHEET)]
-    if not found or found[0].warnings or (np.ptp(sheet, axis=0) < small.size[::-1]).any():
+    sheet, whole = find_sheet(np.asarray(small, dtype=float)), [[0, 0], small.size[::-1]]
+    if sheet is None:
+        return prepare_part(image, IN_SCENE)
+    found, inside = [prepare_part(crop(image, sheet * factor), ON_SHEET)], sheet != whole
+    several = False
+    if inside.sum() == 1:  # it reaches three sides of the picture: is another beside it?
+        beside = np.where(inside[::-1], sheet[::-1], whole)
+        several = not prepare_part(crop(image, beside * factor), ON_SHEET).warnings
+    if found[0].warnings or inside.any():
         found.append(prepare_part(image, IN_SCENE))  # other digits, or it is not the sheet
     best = min(found, key=lambda one: (NO_INK in one.warnings, bool(one.warnings)))
-    several = [SEVERAL for one in found if SEVERAL in one.warnings]
-    return best._replace(warnings=tuple(dict.fromkeys([*best.warnings, *several])))
+    several |= any(SEVERAL in one.warnings for one in found)
+    return best._replace(warnings=tuple(dict.fromkeys(best.warnings + several * (SEVERAL,))))
 
 
 def prepare_part(image, window):
@@ -162,14 +167,11 @@ def select_digit(ink, threshold, noiseless):
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
         return ink, (CUT,) if ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape) else ()
-    # Then it is paper around ink of the other kind, and its pieces are no digits.
-    dense = mask.sum() > np.ptp(bounding_box(mask), axis=0).prod() / 2
     labels = connected_components(mask)
     mass = np.bincount(labels[mask], ink[mask])  # 0 for label 0, paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
     boxes = {i: bounding_box(labels == i) for i in strongest if mass[i] > 0.03 * mass.max()}
     at_edge = {i for i in boxes if touches_edge(boxes[i], ink.shape)}
-
     lines = {i for i, box in boxes.items() if np.ptp(box, axis=0) @ [4, -1] < 0}
 
     def encloses(i, j):  # a ring or a frame around a digit
@@ -190,7 +192,7 @@ def select_digit(ink, threshold, noiseless):
         if i in at_edge and main not in at_edge and not noiseless:
             continue
         large = longer_side(box) > 0.4 * main_side and mass[i] > mass[main] / 15
-        if large and not dense and (tall and gaps.max() >= 0 or gaps.max() > main_side / 5):
+        if large and (tall and gaps.max() >= 0 or gaps.max() > main_side / 5):
             found.append(SEVERAL)
         elif gaps.max() <= main_side / 4:  # a detached part of the same digit
             kept.append(i)

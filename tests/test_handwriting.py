@@ -1,15 +1,18 @@
 """Preparing pictures: MNIST's own images are unchanged, and photographs give nearly the digit."""
 
 import io
+import json
 import os
 import zlib
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, PngImagePlugin
 
 import handwriting.prepare
+import predict
 from benchmarks.drawings import DRAWINGS, drawing, letterboxed
 from benchmarks.photographs import make_pictures
 from benchmarks.scenes import SCENES, SEVERAL_DIGITS, noisy, on_paper, wide_pen
@@ -150,11 +153,23 @@ def test_specks_are_dropped_and_a_second_digit_gives_a_warning():
     assert prepare(two).warnings == (SEVERAL,)
 
 
+@pytest.mark.parametrize("size, corner", [((400, 200), (200, 0)), ((200, 400), (0, 200))])
+def test_a_second_digit_on_other_paper_gives_a_warning(size, corner):
+    two = Image.new("RGB", size)
+    two.paste(seven(ink="#6e5ac8", paper="#3c373c"))
+    two.paste(seven(ink="#8246dc", paper="#a096a5"), corner)
+    assert prepare(two).warnings == (SEVERAL,)
+
+
 @pytest.mark.parametrize("kind", SEVERAL_DIGITS)
-def test_several_digits_are_not_read_as_one_without_a_word(kind):
+def test_several_digits_are_not_read_as_one_without_a_word(kind, tmp_path, capsys):
     digits = synthetic_mnist("test", 40)
-    pictures, _, _ = make_pictures(kind, digits, 6, np.random.default_rng(8))
-    assert sum(SEVERAL in prepare(picture).warnings for picture in pictures) >= 5
+    pictures, _, _ = make_pictures(kind, digits, 10, np.random.default_rng(8))
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{index}.png")
+    assert predict.main([str(ROOT / "results/tiny.pt"), str(tmp_path), "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert sum(SEVERAL in record["warnings"] for record in records) >= 9
 
 
 def test_a_digit_in_two_pieces_is_one_digit():
