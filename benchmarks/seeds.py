@@ -31,12 +31,12 @@ def directory(flags):
     return common.BENCHMARKS / "seeds" / digest.hexdigest()[:12]
 
 
-def train(path, flags, environment=None):
+def train(path, flags):
     """Train in a directory, unless it was done; returns results.json with the last accuracies."""
     if not (path / "results.json").exists():
         command = [sys.executable, str(common.ROOT / "train.py"), "--dataset", "mnist", *flags]
         command += ["--output-dir", str(path), "--resume", "--quiet"]
-        if status := subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode:
+        if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"failed: {shlex.join(command)}", status)
     *_, last = csv.DictReader((path / "metrics.csv").read_text().splitlines())
     split, accuracies = "val_" if "val_sum_accuracy" in last else "test_", {}

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shlex
-import subprocess
 from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
 import train
-from benchmarks import busy, common, gpu, heads, seeds
+from benchmarks import common, gpu, heads, seeds
 from dataset import NUM_DIGITS, SIDE
 from model import OuterProduct, build_model
 from recipes import RECIPES
@@ -156,29 +155,6 @@ def test_heads_and_recipes_are_compared_by_unseen_pairs(commands, capsys):
     hidden = adds["ComplexNumbers, 70 unseen"]["metrics"]["unseen_sum"]
     cells = ["`ComplexNumbers`", common.percent(shown), common.percent(hidden)]
     assert f"| {' | '.join(cells)} |\n" in capsys.readouterr().out
-
-
-def test_times_beside_a_busy_process(workdir, monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the program's own setting is measured, not this one
-    started = []
-    times = {(None, 0): 11, (None, 1): 16.5, ("300000", 0): 10, ("300000", 1): 40}
-
-    def start(command):
-        started.append(subprocess.Popen(command))
-        return started[-1]
-
-    def train_beside(path, flags, environment):
-        running = sum(process.poll() is None for process in started)
-        return {"train_seconds": times[environment.get("GOMP_SPINCOUNT"), running]}
-
-    monkeypatch.setattr(busy, "subprocess", SimpleNamespace(Popen=start))
-    monkeypatch.setattr(seeds, "train", train_beside)
-    assert busy.main(["--seeds", "2"]) == 0
-    results = json.loads((common.BENCHMARKS / "busy.json").read_text())
-    names = ("ours, alone", "ours, beside", "torch, alone", "torch, beside")
-    medians = [results[name]["median"] for name in names]
-    assert medians == [*times.values()]
-    assert len(started) == 4 and all(process.poll() is not None for process in started)
 
 
 def test_the_rate_of_matrix_products_is_the_best_one(monkeypatch):

@@ -16,7 +16,7 @@ import demo
 import predict
 import recipes
 import train
-from benchmarks import busy, gpu, heads, photographs, published_systems, seeds
+from benchmarks import gpu, heads, photographs, published_systems, seeds
 from benchmarks.common import parse_flags
 from recipes import RECIPES
 from training.console import Parser
@@ -28,7 +28,7 @@ DOCS = {
 }
 README = DOCS["README.md"]
 BLOCKS = re.findall(r"```\w*\n(.*?)```", "".join(DOCS.values()), re.DOTALL)
-BENCHMARKS = (busy, gpu, heads, photographs, published_systems, seeds)
+BENCHMARKS = (gpu, heads, photographs, published_systems, seeds)
 PARSERS = {
     "train.py": parse_flags,
     "predict.py": predict.parse_args,
