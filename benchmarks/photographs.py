@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common import BENCHMARKS, provenance, save_json
+from benchmarks.common import BENCHMARKS, markdown, provenance, save_json
 from benchmarks.drawings import DRAWINGS, drawing
 from benchmarks.scenes import SCENES, SEVERAL_DIGITS
 from benchmarks.simulation import DAMAGES, photograph
@@ -74,13 +74,19 @@ def evaluate(predictor, test, kind, count, rng):
 
 
 def table(results):
-    """The results file as a table in Markdown, in percent of the pictures."""
+    """The results file in Markdown, in percent of the pictures: a table, and a line."""
+
+    def share(number):
+        return "–" if number is None else f"{number / results['count']:.1%}"
+
     names = "prepared", "resized", "as in MNIST", "wrong, no warning", "right, warning", SEVERAL
-    lines = [f"| kind | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+    lines, several = [], []
     for kind, row in results["counts"].items():
-        shares = ["–" if n is None else f"{n / results['count']:.1%}" for n in row.values()]
-        lines.append(f"| {kind} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+        if kind in SEVERAL_DIGITS:
+            several.append(f"{kind} {share(row[SEVERAL])}")
+        else:
+            lines.append([kind, *map(share, row.values())])
+    return markdown(["kind", *names], lines) + f"\n\nSeveral digits: {', '.join(several)}."
 
 
 def parse_args(argv):
