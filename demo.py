@@ -12,11 +12,6 @@ from ipaddress import IPv4Address
 from training.console import Number, Parser, exit_status, log, path, warn
 
 
-def numeric(text):
-    """An argparse type: a numeric IPv4 address."""
-    return str(IPv4Address(text))
-
-
 def parse_args(argv):
     parser = Parser(prog="demo.py", description=__doc__)
     flag = parser.add_argument
@@ -24,7 +19,7 @@ def parse_args(argv):
     flag("run", nargs="?", type=path, help=text)
     flag("--port", type=Number(int, 1024, 65535), default=0, help="default: a free one")
     text = "IPv4 address to serve on, for a phone or a container; 0.0.0.0: all of this computer's"
-    flag("--host", type=numeric, default="127.0.0.1", metavar="ADDRESS", help=text)
+    flag("--host", type=IPv4Address, default="127.0.0.1", metavar="ADDRESS", help=text)
     flag("--no-browser", action="store_true", help="only print the URL")
     return parser.parse_args(argv)
 
@@ -35,8 +30,8 @@ def main(argv):
     args = parse_args(argv)
     from handwriting.server import Server, load_networks  # imports torch, too slow for --help
 
-    with Server(load_networks(args.run), args.port, args.host) as server:
-        if args.host != "127.0.0.1":
+    with Server(load_networks(args.run), args.port, str(args.host)) as server:
+        if not args.host.is_loopback:
             warn("warning: everyone in this network can use the page, at a numeric address of this")
             warn("computer; what they draw travels unencrypted")
         log(f"{server.networks[0].texts['name']}: {server.url} (Ctrl-C to stop)")

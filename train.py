@@ -38,7 +38,7 @@ from dataset import MNISTSum, draw_unseen, load_data, split_indices
 from model import build_model, kl_loss
 from recipes import RECIPES
 from training.checkpoint import restore, training_caveat
-from training.console import UserError, exit_status, log
+from training.console import exit_status, log
 from training.device import move_model, pick_device
 from training.flags import parse_args, saved_flags
 from training.metrics import Predictions, epoch_line, epoch_row, result_line, train_metrics
@@ -99,11 +99,11 @@ def evaluate(model, datasets, autocast, label_smoothing, unseen):
 
 
 @exit_status
-def main(argv, recipes=RECIPES):
+def main(argv):
     """Parse the flags, start or resume a run, train, report; returns the exit status."""
     connect()
-    args, checkpoint = parse_args(argv, __doc__, recipes)  # on resume, the flags of the run
-    recipe = recipe_from_args(args, recipes)
+    args, checkpoint = parse_args(argv, __doc__, RECIPES)  # on resume, the flags of the run
+    recipe = recipe_from_args(args, RECIPES)
     device, precision = pick_device(args.device, args.precision, args.deterministic)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     data = load_data(args.dataset, args.data_dir)
@@ -155,8 +155,6 @@ def main(argv, recipes=RECIPES):
 def make_datasets(data, recipe, unseen, seed, dry_run, device):
     """The training set, and a dict of the sets to evaluate: "val" if there is one, and "test"."""
     count = len(data.train.data)
-    if recipe.val_size >= count:
-        raise UserError(f"--val-size {recipe.val_size} leaves no training images", status=2)
     train, val = split_indices(count, recipe.val_size, seed)
     test = torch.arange(len(data.test.data))
     if dry_run:

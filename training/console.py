@@ -78,11 +78,11 @@ def exit_status(main):
         raise KeyboardInterrupt(signum)
 
     @functools.wraps(main)
-    def wrapper(argv=None, **options):
+    def wrapper(argv=None):
         with suppress(ValueError):  # outside of the main thread
             signal.signal(signal.SIGTERM, interrupt)
         try:
-            return main(sys.argv[1:] if argv is None else list(argv), **options)
+            return main(sys.argv[1:] if argv is None else list(argv))
         except UserError as error:
             return fail(f"error: {error}", error.status)
         except KeyboardInterrupt as error:

@@ -38,13 +38,6 @@ def from_rank_0(function, *args):
     return values[0]
 
 
-def all_reduce_sum(tensor):
-    """Sum a tensor over all processes, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def replicate(model):
     """The model with gradients averaged over the processes, if there are several."""
     if world_size() == 1:
