@@ -74,18 +74,25 @@ def evaluate(predictor, test, kind, count, rng):
 
 
 def table(results):
-    """The results file in Markdown, in percent of the pictures: a table, and a line."""
+    """The results file in Markdown, in percent of the pictures: a table, and a line.
 
-    def share(number):
-        return "–" if number is None else f"{number / results['count']:.1%}"
+    Kinds of which at least 99% are read correctly share a row, as do those of several digits.
+    """
+    count, lines, easy, several = results["count"], [], [], []
 
-    names = "prepared", "resized", "as in MNIST", "wrong, no warning", "right, warning", SEVERAL
-    lines, several = [], []
+    def shares(rows):
+        columns = ([n for n in column if n is not None] for column in zip(*rows, strict=True))
+        return [f"{sum(c) / len(c) / count:.1%}" if c else "–" for c in columns]
+
     for kind, row in results["counts"].items():
         if kind in SEVERAL_DIGITS:
-            several.append(f"{kind} {share(row[SEVERAL])}")
+            several.append(f"{kind} {row[SEVERAL] / count:.1%}")
+        elif row["prepared"] < 0.99 * count:
+            lines.append([kind, *shares([row.values()])])
         else:
-            lines.append([kind, *map(share, row.values())])
+            easy.append(row.values())
+    lines.append([f"{len(easy)} other kinds", *shares(easy)])
+    names = "prepared", "resized", "as in MNIST", "wrong, no warning", "right, warning", SEVERAL
     return markdown(["kind", *names], lines) + f"\n\nSeveral digits: {', '.join(several)}."
 
 
