@@ -17,7 +17,7 @@ from benchmarks.scenes import SCENES, SEVERAL_DIGITS, noisy, on_paper, wide_pen
 from benchmarks.simulation import DAMAGES, photograph
 from dataset import load_data
 from handwriting.picture import MAX_PIXELS, read_picture
-from handwriting.prepare import CUT, NO_INK, SEVERAL, SMALL, prepare
+from handwriting.prepare import CUT, NO_INK, SEVERAL, SMALL, as_mnist, prepare
 from synthetic import synthetic_mnist
 from training.console import UserError
 
@@ -88,11 +88,11 @@ def test_thin_strokes_are_neither_fainter_nor_thinner_than_thick_ones(width):
     assert correlation(thin, thick) > 0.85
 
 
-def test_transparency_is_white_paper():
-    picture = seven().convert("L")
-    clear = Image.new("RGBA", picture.size, (0, 0, 0, 0))
-    clear.paste((0, 0, 0, 255), mask=picture.point(lambda gray: 255 - gray))
-    assert similar(prepare(clear), prepare(seven()))
+def test_shrinking_leaves_out_no_row():
+    for side in range(20, 70):
+        for row in np.eye(side):
+            pixels = as_mnist(np.outer(row, np.ones(side)))
+            assert pixels.max() == 255 and 1 <= pixels.any(axis=1).sum() <= 2
 
 
 def test_16_bits_are_read():
@@ -106,6 +106,14 @@ def test_specks_are_dropped():
         ImageDraw.Draw(picture).ellipse([x, y, x + 2, y + 2], fill="black")
     specks = prepare(picture)
     assert specks.warnings == () and similar(specks, prepare(seven()))
+
+
+@pytest.mark.parametrize("size, corner", [((400, 200), (200, 0)), ((200, 400), (0, 200))])
+def test_a_second_digit_on_other_paper_gives_a_warning(size, corner):
+    two = Image.new("RGB", size)
+    two.paste(seven(ink="#6e5ac8", paper="#3c373c"))
+    two.paste(seven(ink="#8246dc", paper="#a096a5"), corner)
+    assert prepare(two).warnings == (SEVERAL,)
 
 
 @pytest.mark.parametrize("kind", SEVERAL_DIGITS)
@@ -150,6 +158,14 @@ def test_a_photograph_gives_nearly_the_digit_that_was_written(damage):
     # The line of a thin pen covers only a part of the stroke that it is compared with. A hard
     # shadow's edge is taken for ink in one or two of a hundred pictures.
     assert sorted(correlations)[1] > (0.55 if damage == "thin pen" else 0.75)
+
+
+@pytest.mark.parametrize("seed", [40, 242])
+def test_the_edge_of_a_shadow_beside_a_small_digit_is_not_read(seed):
+    digit = synthetic_mnist("test", 40).data.numpy()[seed % 40]
+    written = prepare(Image.fromarray(digit).resize((168, 168)))
+    seen = prepare(photograph(digit, np.random.default_rng(seed), "all"))
+    assert seen.warnings == () and correlation(written, seen) > 0.9
 
 
 @pytest.mark.parametrize("scene", [*DRAWINGS.values(), letterboxed])

@@ -129,10 +129,6 @@ def test_result_tables_come_from_the_benchmark(name):
     assert accuracies in line
 
 
-def test_the_help_names_every_recipe():
-    assert all(re.search(rf"\b{name}\b", train.__doc__) for name in RECIPES)
-
-
 def test_other_tables_come_from_the_benchmarks():
     tables = {"heads*.json": heads.table, "systems*.json": heads.table}
     tables["photographs*.json"] = photographs.table

@@ -243,28 +243,6 @@ def test_wrong_usage_is_one_line_and_status_2(job, flags):
     assert os.listdir() == ["data"]
 
 
-def test_a_compiled_model_is_trained_and_saved_as_the_network_itself(job, monkeypatch):
-    calls, move_model = [], train.move_model
-
-    def backend(graph, inputs):
-        return lambda *args: calls.append(torch.is_grad_enabled()) or graph(*args)
-
-    def compiled(model, device):
-        return torch.compile(move_model(model, device), backend=backend)
-
-    flags = [*FAST, "--precision", "fp32", "--epochs", 2, "--dry-run", "--output-dir"]
-    assert job(*flags, "plain")[0] == 0
-    monkeypatch.setattr(train, "move_model", compiled)
-    with monkeypatch.context() as patch:
-        interrupt_in(patch, train, "train_epoch", number=2)
-        assert job(*flags, "compiled")[0] == 130
-    assert calls.count(True) == 3  # batches
-    assert job("--resume", "compiled")[0] == 0 and calls.count(True) == 6
-    assert_equal_runs("plain", "compiled")
-    network = load_model("compiled")[0].state_dict()
-    assert all(torch.equal(value, network[name]) for name, value in weights("plain").items())
-
-
 # Data
 
 
