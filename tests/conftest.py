@@ -68,11 +68,6 @@ def small():
     return small_mnist(TRAIN_IMAGES, TEST_IMAGES)
 
 
-@pytest.fixture
-def idx_files(small):
-    return small[0]
-
-
 @pytest.fixture(autouse=True)
 def only_small_mnist(monkeypatch, small):
     """Only the small files pass as MNIST, and nothing can be downloaded."""
@@ -81,12 +76,12 @@ def only_small_mnist(monkeypatch, small):
 
 
 @pytest.fixture
-def mirror(tmp_path, idx_files, monkeypatch):
+def mirror(tmp_path, small, monkeypatch):
     """A local server to download the small MNIST from; yields its request handler class."""
     directory = tmp_path / "mirror"
     directory.mkdir()
     resources = []
-    for name, content in idx_files.items():
+    for name, content in small[0].items():
         packed = gzip.compress(content)
         (directory / f"{name}.gz").write_bytes(packed)
         resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
@@ -106,9 +101,9 @@ def mirror(tmp_path, idx_files, monkeypatch):
 
 
 @pytest.fixture
-def data_dir(tmp_path, idx_files):
+def data_dir(tmp_path, small):
     """A data directory with the small MNIST."""
-    write_mnist(tmp_path / "data", idx_files)
+    write_mnist(tmp_path / "data", small[0])
     return tmp_path / "data"
 
 

@@ -170,13 +170,6 @@ def test_the_validation_split_depends_on_the_seed():
     assert not torch.equal(val, split_indices(1000, 300, seed=6)[1])
 
 
-def test_the_global_generator_is_not_used(digits):
-    before = torch.get_rng_state()
-    items = MNISTSum(digits, "train", affine=AFFINE, unseen=draw_unseen(30, 0))
-    items.batch(items.batches(100)[0])
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_rotation_is_the_same_as_in_torchvision(digits):
     images = digits.data[:50].unsqueeze(1).float()
     for degrees in (0, 10, -25):

@@ -3,15 +3,13 @@
 import io
 import json
 import os
-import zlib
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
-import handwriting.prepare
 import predict
 from benchmarks.drawings import DRAWINGS, drawing, letterboxed
 from benchmarks.photographs import make_pictures
@@ -23,36 +21,21 @@ from handwriting.prepare import CUT, NO_INK, SEVERAL, SMALL, as_mnist, prepare
 from synthetic import synthetic_mnist
 from training.console import UserError
 
-NEEDS_MNIST = pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR is not set")
 
-
-@pytest.fixture
-def images(monkeypatch):
-    """MNIST's test images whose longer side is 20: all if MNIST_ALL is set, else 250."""
-    monkeypatch.undo()  # of the small MNIST
-    every = load_data("mnist", os.environ["MNIST_DIR"]).test.data.numpy()
-    ink = every > 0
-    first = [ink.any(axis=axis).argmax(axis=1) for axis in (2, 1)]
-    last = [27 - ink.any(axis=axis)[:, ::-1].argmax(axis=1) for axis in (2, 1)]
-    sides = np.maximum(last[0] - first[0], last[1] - first[1]) + 1
-    assert (sides == 20).sum() == 9997
-    return every[sides == 20][:: 1 if "MNIST_ALL" in os.environ else 40]
-
-
-def as_picture(image, how):
-    """A picture of an image of MNIST: light on dark or dark on light, or on a larger sheet."""
-    if "larger" in how:
-        sheet = np.zeros((80, 100), np.uint8)
-        sheet[31:59, 5:33] = image
-        image = sheet
-    return Image.fromarray(255 - image if "dark" in how else image)
-
-
-@NEEDS_MNIST
+@pytest.mark.skipif("MNIST_DIR" not in os.environ, reason="MNIST_DIR is not set")
 @pytest.mark.parametrize("how", ["light", "dark", "light, larger", "dark, larger"])
-def test_images_of_mnist_are_unchanged(images, how):
-    for image in images:
-        prepared = prepare(as_picture(image, how))
+def test_images_of_mnist_are_unchanged(monkeypatch, how):
+    """All whose longer side is 20 if MNIST_ALL is set, else 250, also on a larger sheet."""
+    monkeypatch.undo()  # of the small MNIST
+    images = load_data("mnist", os.environ["MNIST_DIR"]).test.data.numpy()
+    images = [image for image in images if np.ptp(np.nonzero(image), axis=1).max() == 19]
+    assert len(images) == 9997
+    for image in images[:: 1 if "MNIST_ALL" in os.environ else 40]:
+        sheet = image
+        if "larger" in how:
+            sheet = np.zeros((80, 100), np.uint8)
+            sheet[31:59, 5:33] = image
+        prepared = prepare(Image.fromarray(255 - sheet if "dark" in how else sheet))
         assert np.abs(prepared.pixels.astype(int) - image).max() <= 1
         assert prepared.warnings == ()
 
@@ -105,16 +88,6 @@ def test_thin_strokes_are_neither_fainter_nor_thinner_than_thick_ones(width):
     assert correlation(thin, thick) > 0.85
 
 
-def test_thin_strokes_of_every_length_are_read():
-    for length in range(15, 120):
-        sheet = np.full((130, 130), 255, np.uint8)
-        sheet[5 : 5 + length, 60] = 0
-        rows = prepare(Image.fromarray(sheet)).pixels.max(axis=1)
-        ends = np.flatnonzero(rows)[[0, -1]]
-        assert np.ptp(ends) == 19 and (rows[ends] > 100).all(), length  # the ends are pointed
-        assert (rows[ends[0] + 1 : ends[1]] > 200).all(), length
-
-
 def test_shrinking_leaves_out_no_row():
     for side in range(20, 70):
         for row in np.eye(side):
@@ -122,35 +95,17 @@ def test_shrinking_leaves_out_no_row():
             assert pixels.max() == 255 and 1 <= pixels.any(axis=1).sum() <= 2
 
 
-def test_transparency_is_white_paper():
-    picture = seven().convert("L")
-    clear = Image.new("RGBA", picture.size, (0, 0, 0, 0))
-    clear.paste((0, 0, 0, 255), mask=picture.point(lambda gray: 255 - gray))
-    assert similar(prepare(clear), prepare(seven()))
-
-
 def test_16_bits_are_read():
     gray = np.asarray(seven(mode="L")).astype(np.uint16) * 200 + 3000
     assert similar(prepare(Image.fromarray(gray)), prepare(seven()))
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side
-    seven().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "seven.jpg", exif=exif, quality=95)
-    assert similar(prepare(read_picture(str(tmp_path / "seven.jpg"))), prepare(seven()))
-
-
-def test_specks_are_dropped_and_a_second_digit_gives_a_warning():
+def test_specks_are_dropped():
     picture = seven()
     for x, y in ((20, 30), (180, 40), (30, 170)):
         ImageDraw.Draw(picture).ellipse([x, y, x + 2, y + 2], fill="black")
     specks = prepare(picture)
     assert specks.warnings == () and similar(specks, prepare(seven()))
-    two = Image.new("RGB", (400, 200), "white")
-    for x in (0, 200):
-        two.paste(seven(), (x, 0))
-    assert prepare(two).warnings == (SEVERAL,)
 
 
 @pytest.mark.parametrize("size, corner", [((400, 200), (200, 0)), ((200, 400), (0, 200))])
@@ -192,17 +147,6 @@ def test_noise_is_not_ink():
     assert prepare(Image.fromarray(noise)).warnings == (NO_INK,)
 
 
-@pytest.mark.filterwarnings("error")
-def test_marks_that_are_lighter_and_darker_than_the_paper_by_the_same_are_not_ink():
-    pixels = np.full((100, 100), 100, np.uint8)
-    pixels[20:40, 20:40], pixels[60:80, 60:80] = 0, 200
-    assert prepare(Image.fromarray(pixels)).warnings == (NO_INK,)
-
-
-def test_ink_at_the_edge_gives_a_warning():
-    assert CUT in prepare(seven().crop((0, 60, 200, 200))).warnings
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_photograph_gives_nearly_the_digit_that_was_written(damage):
     correlations = []
@@ -231,24 +175,9 @@ def test_a_digit_is_found_on_its_sheet_canvas_or_screen(scene):
         rng = np.random.default_rng([7, seed])
         _, coverage = drawing(rng)
         drawn = Image.fromarray((255 * coverage).astype(np.uint8))
-        paper = as_paper(drawn) if scene == letterboxed else coverage
+        paper = ImageOps.invert(drawn).convert("RGB") if scene == letterboxed else coverage
         correlations.append(correlation(prepare(scene(paper, rng)), prepare(drawn)))
     assert sorted(correlations)[1] > 0.8
-
-
-@pytest.mark.parametrize("seed", [12582, 20900])  # large and slanted
-def test_a_drawing_stays_on_its_canvas(seed):
-    _, coverage = drawing(np.random.default_rng(seed))
-    assert coverage.any() and not coverage[[0, -1]].any() and not coverage[:, [0, -1]].any()
-
-
-def test_a_small_digit_is_found_on_a_sheet_on_a_desk():
-    picture = Image.new("RGB", (1600, 1200), (90, 60, 40))
-    picture.paste((235, 232, 225), (300, 150, 1300, 1100))
-    picture.paste(seven(110, paper=(235, 232, 225), ink=(40, 45, 90)), (700, 500))  # 60 high
-    noise = np.random.default_rng(0).normal(0, 3, (1200, 1600, 1))
-    picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
-    assert similar(prepare(picture), prepare(seven()))
 
 
 @pytest.mark.parametrize("size", [60, 100, 200])
@@ -270,13 +199,6 @@ def test_a_digit_that_is_too_small_in_a_huge_photo_gives_a_warning(side):
         assert {SMALL, NO_INK} & set(prepared.warnings)
     else:
         assert prepared.warnings == () and similar(prepared, prepare(Image.fromarray(digit)))
-
-
-def test_lines_across_a_strip_give_a_warning():
-    strip = Image.new("L", (1756, 5), 255)
-    for line in ((753, 0, 752, 5), (1123, 0, 1124, 5), (1374, 0, 1371, 5)):
-        ImageDraw.Draw(strip).line(line, 0, width=2)
-    assert prepare(strip).warnings
 
 
 @pytest.mark.parametrize("kind", [*SCENES])
@@ -311,34 +233,6 @@ def test_the_digit_is_what_a_ring_encloses_or_what_is_underlined():
         assert prepared.warnings == () and similar(prepared, prepare(seven()))
 
 
-@pytest.mark.parametrize("size", [(3, 3), (2000, 3), (4, 500), (5, 41)])
-def test_a_photographed_strip_is_no_error(size):
-    noise = np.random.default_rng(0).normal(150, 30, (*size, 3)).clip(0, 255).astype(np.uint8)
-    assert prepare(Image.fromarray(noise)).pixels.shape == (28, 28)
-
-
-def test_thousands_of_specks_are_not_looked_at_one_by_one(monkeypatch):
-    dots = np.full((480, 480), 255, np.uint8)
-    dots[2::4, 2::4] = 0
-    boxes = Mock(wraps=handwriting.prepare.bounding_box)
-    monkeypatch.setattr(handwriting.prepare, "bounding_box", boxes)
-    prepare(Image.fromarray(dots))
-    assert 0 < boxes.call_count < 100
-
-
-def test_a_bright_band_is_not_a_sheet():
-    picture = np.full((40, 75), 30, np.uint8)
-    for height in (1, 2, 3, 4, 5):
-        picture[10 : 10 + height, 2:70] = 235
-        picture[11:12, 20:34] = 60
-        assert prepare(Image.fromarray(picture)).pixels.shape == (28, 28)
-
-
-def as_paper(drawn):
-    """Dark ink on light paper."""
-    return ImageOps.invert(drawn).convert("RGB")
-
-
 def test_a_digit_with_a_loop_is_not_taken_for_a_sheet():
     zero = Image.new("L", (200, 200), 255)
     ImageDraw.Draw(zero).rounded_rectangle([60, 40, 140, 160], 30, outline=0, width=24)
@@ -353,15 +247,6 @@ def test_the_first_picture_of_a_phones_photo_is_read(tmp_path):
     assert similar(prepare(read_picture(str(tmp_path / "seven.jpg"))), prepare(seven()))
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [("HEIC", b"\0\0\0\x18ftypheic"), ("PDF", b"%PDF-1.7"), ("SVG", b"<svg></svg>")],
-)
-def test_a_format_that_is_not_supported_is_named(content, name):
-    with pytest.raises(UserError, match=name):
-        read_picture(io.BytesIO(content))
-
-
 def encoded(picture, kind="PNG", **options):
     stream = io.BytesIO()
     picture.save(stream, kind, **options)
@@ -370,32 +255,18 @@ def encoded(picture, kind="PNG", **options):
 
 TWO = {"save_all": True, "append_images": [seven(ink="red")]}
 BAD = {
+    "HEIC": b"\0\0\0\x18ftypheic",
     "not a readable": b"not an image",
     "damaged": encoded(seven())[:300],
     "1 x 1": encoded(Image.new("L", (1, 1))),
-    "too many pixels": encoded(Image.new("1", (10_000, 7_000))),
-    "Ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EOF\n",
     "several pages": encoded(seven(), "TIFF", **TWO),
 }
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(reason, monkeypatch):
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
+def test_an_unusable_picture_is_an_error_of_one_line_with_the_reason(reason):
     with pytest.raises(UserError, match=f"^[^\n]*{reason}[^\n]*$"):
         read_picture(io.BytesIO(BAD[reason]))
-
-
-def test_a_file_that_cannot_be_opened_is_an_error_of_one_line(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.png"):
-        with pytest.raises(UserError, match="^cannot be read"):
-            read_picture(str(path))
-
-
-def test_a_lack_of_memory_is_named(monkeypatch):
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", Mock(side_effect=MemoryError))
-    with pytest.raises(UserError, match="memory"):
-        read_picture(io.BytesIO(encoded(seven())))
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "RGBA"])
@@ -407,14 +278,11 @@ def test_one_limit_of_pixels_for_every_kind_of_image(monkeypatch, mode):
             read_picture(io.BytesIO(encoded(Image.new(mode, (width, MAX_PIXELS // 1000)))))
 
 
-def test_a_jpeg_of_200_megapixels_is_decoded_at_half_its_size():
+def test_a_jpeg_of_200_megapixels_is_decoded_at_half_its_size_and_a_larger_one_refused():
     sheet = Image.new("L", (16_384, 12_288), 255)
     sheet.paste(seven(8000, mode="L"), (4000, 2000))
     image = read_picture(io.BytesIO(encoded(sheet, "JPEG")))
     assert image.size == (8192, 6144) and similar(prepare(image), prepare(seven()))
-
-
-def test_a_jpeg_that_is_still_too_large_at_half_its_size_is_refused():
     with pytest.raises(UserError, match="too many pixels"):
         read_picture(io.BytesIO(encoded(Image.new("L", (16_384, 16_384)), "JPEG")))
 
@@ -423,11 +291,3 @@ def test_a_jpeg_that_is_still_too_large_at_half_its_size_is_refused():
 def test_damaged_exif_is_ignored(kind):
     content = encoded(seven(), kind, exif=b"Exif\0\0garbage!")
     assert similar(prepare(read_picture(io.BytesIO(content))), prepare(seven()))
-
-
-def test_a_chunk_that_does_not_matter_gives_no_warning(recwarn):
-    content = encoded(seven())
-    chunk = b"acTL" + bytes(8)  # of an animation, without frames
-    chunk = (8).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-    image = read_picture(io.BytesIO(content[:33] + chunk + content[33:]))
-    assert similar(prepare(image), prepare(seven())) and not recwarn.list

@@ -58,18 +58,10 @@ def test_missing_files_are_downloaded_and_kept(tmp_path, mirror, capsys, monkeyp
     assert capsys.readouterr() == ("", "")
 
 
-def respond(handler, length, body):
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(length))
-    handler.end_headers()
-    handler.wfile.write(body)
-    handler.close_connection = True
-
-
 FAULTS = {
-    "truncated": lambda handler: respond(handler, 1000, b"\x1f\x8b" + bytes(100)),
-    "no answer": lambda handler: time.sleep(9),
-    "not found": lambda handler: handler.send_error(404),
+    "truncated": lambda it: it.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n\x1f"),
+    "no answer": lambda it: time.sleep(9),
+    "not found": lambda it: it.send_error(404),
 }
 
 
@@ -85,7 +77,7 @@ def test_a_failed_download_is_one_error_and_can_be_repeated(tmp_path, mirror, mo
 
 
 def test_without_a_network_the_message_says_where_to_place_the_files(
-    tmp_path, idx_files, monkeypatch, capsys
+    tmp_path, small, monkeypatch, capsys
 ):
     monkeypatch.setattr(synthetic, "synthetic_mnist", lambda split, count: f"{split} {count}")
     source, err = load_data("auto", tmp_path / "new"), capsys.readouterr().err
@@ -96,17 +88,15 @@ def test_without_a_network_the_message_says_where_to_place_the_files(
     assert not files(tmp_path)
     raw = Path(re.search(r"put .* in (\S+)", err)[1])
     raw.mkdir(parents=True, exist_ok=True)
-    for name, content in idx_files.items():
+    for name, content in small[0].items():
         (raw / name).write_bytes(content)
     assert load_data("auto", tmp_path / "new").name == "mnist"
 
 
-def test_synthetic_digits_are_always_the_same(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_synthetic_digits_are_always_the_same():
     ours, again = synthetic_mnist("train", 1000), synthetic_mnist("train", 1000)
     assert torch.equal(ours.data, again.data) and torch.equal(ours.targets, again.targets)
     assert ours.data.shape == (1000, 28, 28) and ours.data.dtype == torch.uint8
     assert ours.targets.bincount(minlength=10).min() > 50
     assert 0.05 < ours.data.float().mean() / 255 < 0.25  # about as much ink as in MNIST
     assert not torch.equal(ours.data[:200], synthetic_mnist("test", 200).data)
-    assert list(tmp_path.iterdir()) == []

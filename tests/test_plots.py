@@ -61,13 +61,6 @@ def test_the_loss_plot_shows_training_at_its_points_and_test_per_epoch(figures):
     assert "digit, train: 0.2" in text and "0.3" not in text.split("digit, train")[1]
 
 
-def test_the_error_rates_of_each_epoch_are_drawn(figures):
-    (axes,) = figures["accuracy.png"].axes
-    assert len(axes.lines) == 5
-    for line in axes.lines:
-        assert line.get_xydata() == pytest.approx(torch.tensor([[1, 10], [2, 10]]).numpy())
-
-
 def test_the_addition_table_has_each_most_frequent_sum_and_outlines_unseen_pairs():
     digits = torch.tensor([d for d in range(10) if d != 5]).repeat(5)  # no image of a 5
     sums = F.one_hot(digits[:, None] + torch.arange(10), 19).float()

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from unittest.mock import patch
 
@@ -58,13 +57,6 @@ def test_commands_parse(command):
 def test_the_requested_command_is_documented():
     assert ("train.py", "--epochs", "20", "--device", "cuda") in COMMANDS
     assert "python train.py --epochs 20 --device cuda" in README
-
-
-def test_scripts_start():
-    """Each benchmark imports what it needs."""
-    commands = [[sys.executable, "-c", f"import {module.__name__}"] for module in BENCHMARKS]
-    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    assert [process.wait() for process in processes] == [0] * len(BENCHMARKS)
 
 
 def test_flags_that_are_named_exist():
@@ -135,10 +127,6 @@ def test_result_tables_come_from_the_benchmark(name):
     accuracies = f"{100 * digit['mean']:.2f} / {100 * total['mean']:.2f} %"
     (line,) = (line for line in train.__doc__.splitlines() if line.startswith(f"  {help_line}"))
     assert accuracies in line
-
-
-def test_the_help_names_every_recipe():
-    assert all(re.search(rf"\b{name}\b", train.__doc__) for name in RECIPES)
 
 
 def test_other_tables_come_from_the_benchmarks():

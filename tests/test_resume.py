@@ -186,11 +186,3 @@ def test_after_an_early_ctrl_c_the_directory_is_there_and_can_be_used(job, monke
         status, out, _ = job(*FAST, "--output-dir", "mine")
     assert status == 130 and "resume" not in out and "saved" not in out and Path("mine").is_dir()
     assert job(*FAST, "--output-dir", "mine")[0] == 0
-
-
-@pytest.mark.parametrize("flags", [FAST, ["--resume", "run", "--eval-only"]])
-def test_ctrl_c_is_one_line_if_there_is_nothing_to_resume(job, monkeypatch, flags):
-    assert job(*FAST, "--quiet", "--output-dir", "run")[0] == 0
-    interrupt_in(monkeypatch, train, *["load_data"] if flags is FAST else ["evaluate"])
-    status, out, err = job(*flags)
-    assert (status, err) == (130, "interrupted\n") and "result" not in out

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -12,15 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest.mock import Mock
 
 import conftest
 import pytest
 import torch
 from conftest import TRAIN_IMAGES
-from jobs import Job
 from PIL import Image
 
 import dataset
@@ -234,23 +230,6 @@ def test_settings_that_flags_replace_are_used_saved_and_resumed(job, monkeypatch
     assert job("--resume", "run", "--epochs", 3, "--no-drop-last")[0] == 2
 
 
-class OwnHead(ConcatLinear):
-    pass
-
-
-def test_own_recipes_and_their_parts_are_offered_by_help(job, monkeypatch, capsys):
-    own = {"encoder": conftest.toy, "head": OwnHead, "epochs": 1, "batch_size": 100, "lr": 0.1}
-    monkeypatch.setitem(RECIPES, "own", Recipe(description="own", **own))
-    with pytest.raises(SystemExit) as end:
-        job("--help")
-    text = capsys.readouterr().out
-    assert not end.value.code and {"toy", "OwnHead"} <= {*re.findall(r"\w+", text)}
-    for name in (field.name for field in dataclasses.fields(Recipe) if field.name != "description"):
-        assert f"--{name.replace('_', '-')}" in text
-    assert job("--recipe", "own", "--quiet")[0] == 0
-    assert job(*FAST, "--head", "OwnHead", "--quiet")[0] == 0
-
-
 USAGE = """
 --epochs 0; --epochs 2.5; --epochs many; --batch-size -1; --lr nan; --seed 4294967296;
 --val-size 600; --dataset cifar; --device tpu; --recipe none; --epoch 3; --bogus; stray;
@@ -265,39 +244,6 @@ USAGE = """
 def test_wrong_usage_is_one_line_and_status_2(job, flags):
     refused(job, 2, *flags.split())
     assert os.listdir() == ["data"]
-
-
-def unflattened():
-    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 5), torch.nn.ReLU())
-
-
-def test_an_encoder_that_does_not_flatten_is_one_line(job, monkeypatch):
-    recipe = dataclasses.replace(RECIPES["fast"], encoder=unflattened)
-    monkeypatch.setitem(RECIPES, "unflattened", recipe)
-    assert "must return (B, F)" in refused(job, 1, "--recipe", "unflattened")
-    assert os.listdir() == ["data"]
-
-
-def test_a_compiled_model_is_trained_and_saved_as_the_network_itself(job, monkeypatch):
-    calls, move_model = [], train.move_model
-
-    def backend(graph, inputs):
-        return lambda *args: calls.append(torch.is_grad_enabled()) or graph(*args)
-
-    def compiled(model, device):
-        return torch.compile(move_model(model, device), backend=backend)
-
-    flags = [*FAST, "--precision", "fp32", "--epochs", 2, "--dry-run", "--output-dir"]
-    assert job(*flags, "plain")[0] == 0
-    monkeypatch.setattr(train, "move_model", compiled)
-    with monkeypatch.context() as patch:
-        interrupt_in(patch, train, "train_epoch", number=2)
-        assert job(*flags, "compiled")[0] == 130
-    assert calls.count(True) == 3  # batches
-    assert job("--resume", "compiled")[0] == 0 and calls.count(True) == 6
-    assert_equal_runs("plain", "compiled")
-    network = load_model("compiled")[0].state_dict()
-    assert all(torch.equal(value, network[name]) for name, value in weights("plain").items())
 
 
 # Data
@@ -334,41 +280,6 @@ def test_a_directory_that_is_given_has_mnist_or_is_an_error(job, workdir, monkey
 # Terminal and environment
 
 
-def test_out_of_memory_is_one_line(job, monkeypatch):
-    def allocate(*args):  # more than there can be
-        return torch.empty(2**60, dtype=torch.uint8)
-
-    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs.")
-    for fail in (allocate, Mock(side_effect=gpu), Mock(side_effect=MemoryError)):
-        monkeypatch.setattr(train, "train_epoch", fail)
-        status, _, err = job(*FAST)
-        assert status == 1 and one_line(err) and "out of memory" in err, err
-
-
-def test_training_in_another_thread(job):
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(job, *FAST, "--dry-run", "--quiet").result()[0] == 0
-
-
-def test_the_progress_bar_disappears_when_it_is_done(job, monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert job(*FAST, "--epochs", 2)[0] == 0
-    shown = terminal.getvalue()
-    assert "/12 " in shown and shown.endswith("\r") and "\n" not in shown  # 12 steps
-
-
-def close_stdout():
-    read, write = os.pipe()
-    os.close(read)
-    os.dup2(write, 1)
-
-
-def test_a_closed_stdout_ends_the_run_silently(workdir):
-    assert Job(*FAST, "--dry-run", prepare=close_stdout).end() == (1, "", "")
-
-
 def test_variables_of_a_cluster_without_torchrun_are_those_of_a_single_process(job, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -394,3 +305,53 @@ def test_without_a_writable_directory_for_matplotlib_the_error_names_the_variabl
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "MPLCONFIGDIR" in result.stderr.splitlines()[-1]
+
+
+class OwnHead(ConcatLinear):
+    pass
+
+
+def test_own_recipes_and_their_parts_are_offered_by_help(job, monkeypatch, capsys):
+    own = {"encoder": conftest.toy, "head": OwnHead, "epochs": 1, "batch_size": 100, "lr": 0.1}
+    monkeypatch.setitem(RECIPES, "own", Recipe(description="own", **own))
+    with pytest.raises(SystemExit) as end:
+        job("--help")
+    text = capsys.readouterr().out
+    assert not end.value.code and {"toy", "OwnHead"} <= {*re.findall(r"\w+", text)}
+    for name in (field.name for field in dataclasses.fields(Recipe) if field.name != "description"):
+        assert f"--{name.replace('_', '-')}" in text
+    assert job("--recipe", "own", "--quiet")[0] == 0
+    assert job(*FAST, "--head", "OwnHead", "--quiet")[0] == 0
+
+
+def unflattened():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 5), torch.nn.ReLU())
+
+
+def test_an_encoder_that_does_not_flatten_is_one_line(job, monkeypatch):
+    recipe = dataclasses.replace(RECIPES["fast"], encoder=unflattened)
+    monkeypatch.setitem(RECIPES, "unflattened", recipe)
+    assert "must return (B, F)" in refused(job, 1, "--recipe", "unflattened")
+    assert os.listdir() == ["data"]
+
+
+def test_a_compiled_model_is_trained_and_saved_as_the_network_itself(job, monkeypatch):
+    calls, move_model = [], train.move_model
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(torch.is_grad_enabled()) or graph(*args)
+
+    def compiled(model, device):
+        return torch.compile(move_model(model, device), backend=backend)
+
+    flags = [*FAST, "--precision", "fp32", "--epochs", 2, "--dry-run", "--output-dir"]
+    assert job(*flags, "plain")[0] == 0
+    monkeypatch.setattr(train, "move_model", compiled)
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, train, "train_epoch", number=2)
+        assert job(*flags, "compiled")[0] == 130
+    assert calls.count(True) == 3  # batches
+    assert job("--resume", "compiled")[0] == 0 and calls.count(True) == 6
+    assert_equal_runs("plain", "compiled")
+    network = load_model("compiled")[0].state_dict()
+    assert all(torch.equal(value, network[name]) for name, value in weights("plain").items())
