@@ -116,13 +116,11 @@ def test_result_tables_come_from_the_benchmark(name):
     digit, total = row["metrics"]["digit"], row["metrics"]["sum"]
     cells = [f"{row['settings']['epochs']}", f"{row['parameters']:,}"]
     cells += [f"{row['training_flops']:.1e}".replace("e+", "e"), f"{digit['n']}"]
-    seconds = row["train_seconds"]["median"]
-    seconds = f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
-    cells += [mean_and_sd(digit), mean_and_sd(total), seconds]
-    assert f"| `--recipe {name}` | {' | '.join(cells)} |\n" in README
+    cells += [mean_and_sd(digit), mean_and_sd(total)]
+    assert f"| `--recipe {name}` | {' | '.join(cells)} |" in README
     help_line = f"{name:<8} {row['settings']['epochs']:>3} epoch"
     consistent = f"{100 * row['metrics']['consistency']['mean']:.3f}"
-    cells = [f"{digit['n']}", mean_and_sd(digit), mean_and_sd(total), consistent, cells[-1]]
+    cells = [f"{digit['n']}", mean_and_sd(digit), mean_and_sd(total), consistent]
     assert f"| `{name}` | {' | '.join(cells)} | `{name}.json` |" in DOCS["results/README.md"]
     accuracies = f"{100 * digit['mean']:.2f} / {100 * total['mean']:.2f} %"
     (line,) = (line for line in train.__doc__.splitlines() if line.startswith(f"  {help_line}"))
