@@ -167,6 +167,8 @@ def select_digit(ink, threshold, noiseless):
     box = bounding_box(ink)
     if noiseless and longer_side(box) == DIGIT_SIDE:  # from MNIST: keep its faintest grays
         return ink, (CUT,) if ink.shape != (SIDE, SIDE) and touches_edge(box, ink.shape) else ()
+    # Then it is paper around ink of the other kind, and its pieces are no digits.
+    dense = mask.sum() > np.ptp(bounding_box(mask), axis=0).prod() / 2
     labels = connected_components(mask)
     mass = np.bincount(labels[mask], ink[mask])  # 0 for label 0, paper
     strongest = sorted(np.argsort(mass)[-50:])  # at most 50: each takes a pass over the picture
@@ -192,7 +194,7 @@ def select_digit(ink, threshold, noiseless):
         if i in at_edge and main not in at_edge and not noiseless:
             continue
         large = longer_side(box) > 0.4 * main_side and mass[i] > mass[main] / 15
-        if large and (tall and gaps.max() >= 0 or gaps.max() > main_side / 5):
+        if large and not dense and (tall and gaps.max() >= 0 or gaps.max() > main_side / 5):
             found.append(SEVERAL)
         elif gaps.max() <= main_side / 4:  # a detached part of the same digit
             kept.append(i)
